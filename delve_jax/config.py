@@ -1,0 +1,166 @@
+"""Frozen configurations: one dataclass per model family, to and from JSON.
+
+What is factored, and at which rank, is data here (`ranks`); the modules read it, nothing else does.
+Letters (V, D, L, E, ...) are those of `delve_jax.models`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+Ranks = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+class DelveError(Exception):
+    """Bad input: one line that names the file, tensor, field or flag and the way out (exit 2)."""
+
+
+@dataclass(frozen=True)
+class ParentConfig:
+    """What every parent family shares; V = `vocab_size` valid ids of `vocab_rows` stored rows."""
+
+    vocab_size: int  # V: ids the tokenizer can produce; logits are cut to these
+    vocab_rows: int  # stored embedding rows, >= V (checkpoints pad)
+    d_model: int  # D
+    n_layers: int  # L
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    context_length: int = 2048  # length of the training windows
+    ranks: Ranks = ()  # map name -> true rank per layer; a missing name is dense
+    dtype: str = "float32"  # dtype of the source's tensors
+    hf_config: str = ""  # the source's config.json, verbatim: the way back
+    family: ClassVar[str] = ""
+
+    def rank(self, name: str) -> tuple[int, ...] | None:
+        """True rank of the map `name` in each layer, or None where it is dense."""
+        return dict(self.ranks).get(name)
+
+    def pad_rank(self, name: str) -> int | None:
+        """Rank that the stacked factors of `name` are padded to (None: dense)."""
+        ranks = self.rank(name)
+        return None if ranks is None else max(ranks)
+
+
+@dataclass(frozen=True)
+class MambaConfig(ParentConfig):
+    """Mamba-1 (arXiv 2312.00752)."""
+
+    d_inner: int = 0  # E
+    d_state: int = 16  # N
+    d_conv: int = 4  # W
+    dt_rank: int = 0  # R
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    family: ClassVar[str] = "mamba"
+
+
+@dataclass(frozen=True)
+class RwkvConfig(ParentConfig):
+    """RWKV-4 (arXiv 2305.13048)."""
+
+    d_att: int = 0  # A
+    d_ffn: int = 0  # F
+    family: ClassVar[str] = "rwkv"
+
+
+@dataclass(frozen=True)
+class NeoxConfig(ParentConfig):
+    """GPT-NeoX: Pythia (parallel residual, partial rotary), INCITE (sequential, full rotary)."""
+
+    n_heads: int = 0  # H
+    d_ffn: int = 0  # F
+    rotary_pct: float = 0.25
+    rotary_base: float = 10000.0
+    parallel_residual: bool = True
+    use_bias: bool = True  # biases of the attention maps; MLP and norms always have theirs
+    family: ClassVar[str] = "neox"
+
+
+@dataclass(frozen=True)
+class DelveConfig:
+    """K parents in one widened residual stream (pooled head with J latents, low-rank hub)."""
+
+    streams: tuple[tuple[str, ParentConfig], ...]
+    n_superblocks: int  # S; the hub acts before each but the first
+    latents: int = 1  # J: 1 = log-linear pool, K = probability mixture
+    hub_rank: int = 8
+    gate_proj: int = 32
+    gate_hidden: int = 64
+    teachers: tuple[str, ...] = ()  # where each stream's dense parent came from
+    dtype: str = "float32"
+    family: ClassVar[str] = "delve"
+
+    @property
+    def vocab_size(self) -> int:
+        return self.streams[0][1].vocab_size
+
+    @property
+    def vocab_rows(self) -> int:
+        return self.vocab_size
+
+    @property
+    def context_length(self) -> int:
+        return min(cfg.context_length for _, cfg in self.streams)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.streams)
+
+
+Config = ParentConfig | DelveConfig
+FAMILIES = {c.family: c for c in (MambaConfig, RwkvConfig, NeoxConfig, DelveConfig)}
+
+
+def to_json(cfg: Config) -> dict:
+    """A config as plain JSON values, with its `family`."""
+    out: dict = {"family": cfg.family}
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if field.name == "ranks":
+            value = {name: list(ranks) for name, ranks in value}
+        elif field.name == "streams":
+            value = [{"name": name, **to_json(sub)} for name, sub in value]
+        elif isinstance(value, tuple):
+            value = list(value)
+        out[field.name] = value
+    return out
+
+
+def from_json(data: dict, where: str = "config.json") -> Config:
+    """The config that `to_json` wrote; `where` names the file in errors."""
+    data = dict(data)
+    cls = FAMILIES.get(data.pop("family", None))
+    if cls is None:
+        raise DelveError(f"{where}: field 'family' must be one of {', '.join(FAMILIES)}")
+    names = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(data) - names):
+        raise DelveError(f"{where}: unknown field '{unknown[0]}' for family {cls.family}")
+    if "ranks" in data:
+        data["ranks"] = tuple((k, tuple(v)) for k, v in data["ranks"].items())
+    if "streams" in data:
+        streams = [dict(s) for s in data["streams"]]
+        data["streams"] = tuple((s.pop("name"), from_json(s, where)) for s in streams)
+    if "teachers" in data:
+        data["teachers"] = tuple(data["teachers"])
+    try:
+        return cls(**data)
+    except TypeError as err:
+        raise DelveError(f"{where}: {err}") from None
+
+
+def read_json(path: str | Path) -> dict:
+    """A JSON object from a file; DelveError names the file where it is missing or damaged."""
+    path = Path(path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DelveError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
+        raise DelveError(f"{path}: not readable as JSON ({err})") from None
+    if not isinstance(data, dict):
+        raise DelveError(f"{path}: a JSON object is expected")
+    return data

@@ -1,0 +1,108 @@
+"""Mamba-1 (arXiv 2312.00752): RMSNorm, gated selective SSM, residual; no attention, no MLP.
+
+x <- x + out_proj(selective_scan(silu(conv(u))) * silu(z)),  [u | z] = in_proj(RMSNorm(x)).
+State per layer: conv [B,W-1,E] (inputs of the causal convolution), ssm [B,E,N] float32.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ..config import MambaConfig
+from .linear import Linear, Norm
+from .scan import selective_scan
+
+FACTORABLE = ("in_proj", "out_proj")  # x_proj and dt_proj are narrow already
+
+
+def causal_conv(u_BTE, kernel_WE, bias_E, state_BWE):
+    """Depthwise causal convolution continuing from the last W-1 inputs -> (y_BTE, new state)."""
+    width, T = kernel_WE.shape[0], u_BTE.shape[1]
+    padded = jnp.concatenate([state_BWE.astype(u_BTE.dtype), u_BTE], axis=1)
+    y = sum(padded[:, w : w + T] * kernel_WE[w].astype(u_BTE.dtype) for w in range(width))
+    return y + bias_E.astype(u_BTE.dtype), padded[:, T:]
+
+
+class Block(nn.Module):
+    """One residual layer; `state` None starts from zeros and returns None."""
+
+    cfg: MambaConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, state, ctx):
+        cfg = self.cfg
+        e_dim, n_dim, r_dim = cfg.d_inner, cfg.d_state, cfg.dt_rank
+        lin = lambda name, features, bias=False, scale=0.02: Linear(  # noqa: E731
+            features, cfg.pad_rank(name), bias, scale, name=name
+        )
+        # padded positions must not enter the convolution or the state: zero them on both sides
+        mask = ctx["mask_BT"]
+        keep = (lambda a: a) if mask is None else lambda a: a * mask[..., None].astype(a.dtype)
+
+        h_BTD = Norm("rms", cfg.norm_eps, name="norm")(x_BTD)
+        u_BTE, z_BTE = jnp.split(lin("in_proj", 2 * e_dim, cfg.use_bias)(h_BTD), 2, axis=-1)
+        conv = ConvParams(cfg, name="conv")()
+        old = (
+            jnp.zeros((x_BTD.shape[0], cfg.d_conv - 1, e_dim), x_BTD.dtype)
+            if state is None
+            else state["conv"]
+        )
+        u_BTE, conv_state = causal_conv(keep(u_BTE), conv["kernel"], conv["bias"], old)
+        u_BTE = keep(nn.silu(u_BTE))
+
+        dt, B_BTN, C_BTN = jnp.split(
+            lin("x_proj", r_dim + 2 * n_dim)(u_BTE), [r_dim, r_dim + n_dim], axis=-1
+        )
+        dt_BTE = jax.nn.softplus(lin("dt_proj", e_dim, True, r_dim**-0.5)(dt).astype(jnp.float32))
+        A_log = self.param("A_log", _init_a_log, (e_dim, n_dim))
+        D_E = self.param("D", nn.initializers.ones, (e_dim,))
+        y_BTE, ssm = selective_scan(
+            u_BTE, dt_BTE, -jnp.exp(A_log.astype(jnp.float32)), B_BTN, C_BTN, D_E,
+            None if state is None else state["ssm"],
+        )  # fmt: skip
+        scale = 0.02 / cfg.n_layers**0.5
+        y = lin("out_proj", cfg.d_model, cfg.use_bias, scale)(y_BTE * nn.silu(z_BTE))
+        new = None if state is None else {"conv": conv_state.astype(old.dtype), "ssm": ssm}
+        return x_BTD + y, new
+
+
+class ConvParams(nn.Module):
+    """Taps [W, E] (the last is the current token) and bias [E] of the causal convolution."""
+
+    cfg: MambaConfig
+
+    @nn.compact
+    def __call__(self):
+        width, e_dim = self.cfg.d_conv, self.cfg.d_inner
+        kernel = self.param("kernel", nn.initializers.normal(width**-0.5), (width, e_dim))
+        if self.cfg.use_conv_bias:
+            return {"kernel": kernel, "bias": self.param("bias", nn.initializers.zeros, (e_dim,))}
+        return {"kernel": kernel, "bias": jnp.zeros((e_dim,))}
+
+
+def _init_a_log(key, shape):
+    return jnp.log(jnp.broadcast_to(jnp.arange(1, shape[1] + 1, dtype=jnp.float32), shape))
+
+
+def init_layers(cfg: MambaConfig, layers: dict, key: jax.Array) -> dict:
+    """Initial values that the plain initialisers above cannot give: dt in [1e-3, 1e-1]."""
+    bias = layers["dt_proj"]["bias"]
+    dt = jnp.exp(jax.random.uniform(key, bias.shape, minval=jnp.log(1e-3), maxval=jnp.log(0.1)))
+    layers["dt_proj"]["bias"] = dt + jnp.log(-jnp.expm1(-dt))  # inverse softplus
+    return layers
+
+
+def init_state(cfg: MambaConfig, batch: int, max_len: int, dtype=jnp.float32) -> dict:
+    """Zero state of all layers; constant in length (`max_len` is ignored)."""
+    lead = (cfg.n_layers, batch)
+    return {
+        "layers": {
+            "conv": jnp.zeros((*lead, cfg.d_conv - 1, cfg.d_inner), dtype),
+            "ssm": jnp.zeros((*lead, cfg.d_inner, cfg.d_state), jnp.float32),
+        }
+    }
+
+
+def context(cfg: MambaConfig, T: int, mask_BT, state) -> tuple[dict, dict]:
+    """What every layer needs to know of this call, and the state's own bookkeeping (none)."""
+    return {"mask_BT": mask_BT}, {}

@@ -1,0 +1,146 @@
+"""The two recurrences: `selective_scan` (Mamba-1, arXiv 2312.00752) and `wkv` (RWKV-4, 2305.13048).
+
+One function each for training, prefill and one step; output and last state come back together; the
+state is float32. "sequential" is the plain reference, "chunked" runs `lax.associative_scan` inside
+checkpointed chunks of `lax.scan`, so [B,T,E,N] is never held. `DEFAULT` is the measured choice per
+platform (experiments/benchmarks/scans.py); unknown platforms take the accelerator's.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# (implementation, chunk length); the chunk also bounds what the backward pass recomputes
+DEFAULT = {
+    "cpu": {"mamba": ("sequential", 16), "wkv": ("sequential", 16)},
+    "accelerator": {"mamba": ("chunked", 64), "wkv": ("sequential", 64)},
+}
+NEG = -1e38  # "minus infinity" of the running maximum: finite, so that differences never give NaN
+
+
+def _choice(name, impl, chunk):
+    platform = "cpu" if jax.default_backend() == "cpu" else "accelerator"
+    best_impl, best_chunk = DEFAULT[platform][name]
+    return impl or best_impl, chunk or best_chunk
+
+
+def _over_chunks(step, carry, xs, chunk):
+    """`lax.scan(step, carry, xs)` over leading axis T, recomputed per chunk in the backward pass.
+
+    `step` takes a chunk of xs (leading axis c <= chunk). A remainder chunk runs on its own, so any
+    T works without padding (padding would have to leave the state untouched).
+    """
+    T = jax.tree.leaves(xs)[0].shape[0]
+    chunk, outs = min(chunk, T), []
+    n_full = T // chunk
+    if n_full:
+        full = jax.tree.map(
+            lambda a: a[: n_full * chunk].reshape(n_full, chunk, *a.shape[1:]), xs
+        )
+        if n_full == 1:
+            carry, ys = step(carry, jax.tree.map(lambda a: a[0], full))
+        else:
+            carry, ys = lax.scan(jax.checkpoint(step, prevent_cse=False), carry, full)
+            ys = ys.reshape(n_full * chunk, *ys.shape[2:])
+        outs.append(ys)
+    if T % chunk:
+        carry, ys = step(carry, jax.tree.map(lambda a: a[n_full * chunk :], xs))
+        outs.append(ys)
+    return carry, outs[0] if len(outs) == 1 else jnp.concatenate(outs)
+
+
+def selective_scan(
+    u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, state_BEN=None, *, impl=None, chunk=None
+):
+    """s_t = exp(dt A) s_{t-1} + dt u (x) B;  y_t = s_t C + D u  ->  (y_BTE, last state_BEN f32).
+
+    `dt` after softplus, `A` = -exp(A_log). Exact (ZOH) in A, Euler in B, as in the reference code.
+    impl: "sequential", "chunked", or "associative" (one associative scan over all of T).
+    """
+    impl, chunk = _choice("mamba", impl, chunk)
+    batch, T, e_dim = u_BTE.shape
+    if state_BEN is None:
+        state_BEN = jnp.zeros((batch, e_dim, A_EN.shape[-1]), jnp.float32)
+    u, dt, b, c = (a.astype(jnp.float32).swapaxes(0, 1) for a in (u_BTE, dt_BTE, B_BTN, C_BTN))
+
+    def one(s_BEN, x):
+        dt_BE, du_BE, b_BN, c_BN = x
+        s_BEN = jnp.exp(dt_BE[..., None] * A_EN) * s_BEN + du_BE[..., None] * b_BN[:, None]
+        return s_BEN, jnp.einsum("ben,bn->be", s_BEN, c_BN)
+
+    def combine(left, right):
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    def parallel(s_BEN, xs):
+        dt_c, du_c, b_c, c_c = xs  # leading axis: positions of the chunk
+        a = jnp.exp(dt_c[..., None] * A_EN)
+        bx = du_c[..., None] * b_c[:, :, None]
+        bx = bx.at[0].add(a[0] * s_BEN)
+        _, s = lax.associative_scan(combine, (a, bx), axis=0)
+        return s[-1], jnp.einsum("tben,tbn->tbe", s, c_c)
+
+    if impl == "sequential":
+        body = functools.partial(lax.scan, one)
+    elif impl in ("chunked", "associative"):
+        body, chunk = parallel, T if impl == "associative" else chunk
+    else:
+        raise ValueError(f"selective_scan: impl {impl!r}")
+    state_BEN, y_TBE = _over_chunks(body, state_BEN, (dt, dt * u, b, c), chunk)
+    y_BTE = y_TBE.swapaxes(0, 1) + D_E * u_BTE.astype(jnp.float32)
+    return y_BTE.astype(u_BTE.dtype), state_BEN
+
+
+def wkv_state(batch: int, a_dim: int) -> dict:
+    """Empty state of `wkv`: numerator a, denominator b, running maximum p, each [B, A]."""
+    zero = jnp.zeros((batch, a_dim), jnp.float32)
+    return {"a": zero, "b": zero, "p": jnp.full((batch, a_dim), NEG, jnp.float32)}
+
+
+def wkv(k_BTA, v_BTA, w_A, u_A, state=None, *, impl=None, chunk=None):
+    """RWKV-4's attention, stabilised by a running maximum -> (wkv_BTA, state dict of [B,A] f32).
+
+    wkv_t = (sum_{i<t} e^{(t-1-i)w + k_i} v_i + e^{u+k_t} v_t) / (the same without v); w < 0.
+    impl: "sequential" (`lax.scan` over tokens) or "chunked" (associative scan inside chunks).
+    """
+    impl, chunk = _choice("wkv", impl, chunk)
+    state = state or wkv_state(k_BTA.shape[0], k_BTA.shape[-1])
+    k, v = (a.astype(jnp.float32).swapaxes(0, 1) for a in (k_BTA, v_BTA))
+    carry = (state["a"], state["b"], state["p"])
+
+    def read(a, b, p, k_t, v_t):
+        q = jnp.maximum(p, u_A + k_t)
+        old, new = jnp.exp(p - q), jnp.exp(u_A + k_t - q)
+        return (old * a + new * v_t) / (old * b + new)
+
+    def one(carry, kv):
+        a, b, p = carry
+        k_t, v_t = kv
+        q = jnp.maximum(p + w_A, k_t)
+        old, new = jnp.exp(p + w_A - q), jnp.exp(k_t - q)
+        return (old * a + new * v_t, old * b + new, q), read(a, b, p, k_t, v_t)
+
+    def combine(left, right):
+        (w1, p1, a1, b1), (w2, p2, a2, b2) = left, right
+        p = jnp.maximum(p1 + w2, p2)
+        e1, e2 = jnp.exp(p1 + w2 - p), jnp.exp(p2 - p)
+        return w1 + w2, p, e1 * a1 + e2 * a2, e1 * b1 + e2 * b2
+
+    def parallel(carry, kv):
+        k_c, v_c = kv
+        first = (jnp.zeros_like(carry[2])[None], carry[2][None], carry[0][None], carry[1][None])
+        rest = (jnp.broadcast_to(w_A, k_c.shape), k_c, v_c, jnp.ones_like(k_c))
+        elems = jax.tree.map(lambda s, r: jnp.concatenate([s, r]), first, rest)
+        _, p, a, b = lax.associative_scan(combine, elems, axis=0)
+        # element t of the scan is the state BEFORE token t (the carry stands first)
+        return (a[-1], b[-1], p[-1]), read(a[:-1], b[:-1], p[:-1], k_c, v_c)
+
+    if impl == "sequential":
+        body = functools.partial(lax.scan, one, unroll=8)
+    elif impl == "chunked":
+        body = parallel
+    else:
+        raise ValueError(f"wkv: impl {impl!r}")
+    (a, b, p), y_TBA = _over_chunks(body, carry, (k, v), chunk)
+    return y_TBA.swapaxes(0, 1).astype(k_BTA.dtype), {"a": a, "b": b, "p": p}
