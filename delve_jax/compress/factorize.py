@@ -1,0 +1,124 @@
+"""The closed form: the rank-K factors of a map y = x W + b that lose least on given activations.
+
+min over rank(A) <= K of E||x W - x A||^2 (design notes, compression.md section 2, G = I, x' = x).
+Every optimum is W followed by an orthogonal projection of its outputs, A = (W Q) Q^T, so the work
+is to find Q_OK: (6a) from the output Gram, (6b) from the input Gram, whichever is smaller.
+float64 numpy; eigh only: nothing is inverted, so singular Grams are no special case.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import scipy.linalg
+
+Array = np.ndarray
+
+
+class Factors(NamedTuple):
+    """y = (x v) u + b, columns of v in order of sigma: any lower rank is a slice."""
+
+    v_IK: Array
+    u_KO: Array
+    bias_O: Array | None
+    spectrum: Array  # all min(I, O) values sigma^2, descending; the loss is the sum beyond K
+
+    @property
+    def error(self) -> float:
+        """Relative RMS error of the outputs: sqrt(lost energy / energy)."""
+        total = self.spectrum.sum()
+        return float(np.sqrt(self.spectrum[self.v_IK.shape[1] :].sum() / total)) if total else 0.0
+
+
+def factor(
+    kernel_IO: Array,
+    rank: int,
+    gram: Array | None = None,
+    *,
+    over: str = "inputs",
+    mean_I: Array | None = None,
+    bias_O: Array | None = None,
+    floor: float = 1e-14,
+) -> Factors:
+    """Optimal rank-`rank` factors in the metric of the activations (plain SVD where gram is None).
+
+    gram: E[x x^T] [I,I] (over="inputs") or E[y y^T] [O,O] of y = x W without bias ("outputs").
+    With a bias and a mean, centred moments are used and the bias takes up the mean of what is
+    lost; a map without one keeps uncentred moments, so that no parameter is added. Directions
+    whose energy is below floor * the largest are chosen by plain SVD instead: on them the
+    activations say nothing.
+    """
+    w_IO = np.asarray(kernel_IO, np.float64)
+    centred = gram is not None and bias_O is not None and mean_I is not None
+    if gram is not None:
+        gram = np.asarray(gram, np.float64)
+        gram = (gram + gram.T) / 2
+    if centred:
+        mean_I = np.asarray(mean_I, np.float64)
+        mean = mean_I if over == "inputs" else mean_I @ w_IO
+        gram = gram - np.outer(mean, mean)
+    q_OK, spectrum = _basis(w_IO, rank, gram, over)
+    known = int(np.sum(spectrum[:rank] > floor * spectrum[0]))
+    if gram is not None and known < rank:
+        q_OK = q_OK[:, :known]
+        rest, _ = _basis(w_IO - (w_IO @ q_OK) @ q_OK.T, rank - known, None, "")
+        q_OK = scipy.linalg.qr(np.hstack([q_OK, rest]), mode="economic")[0]
+    v_IK, u_KO = balance(w_IO @ q_OK, q_OK.T)
+    bias_O = None if bias_O is None else np.asarray(bias_O, np.float64)
+    if centred:
+        bias_O = bias_O + mean_I @ w_IO - (mean_I @ v_IK) @ u_KO
+    return Factors(v_IK, u_KO, bias_O, spectrum)
+
+
+def svd(kernel_IO: Array, rank: int, bias_O: Array | None = None) -> Factors:
+    """Truncated SVD of the kernel alone: the plain baseline."""
+    return factor(kernel_IO, rank, bias_O=bias_O)
+
+
+def balance(v_IK: Array, u_KO: Array) -> tuple[Array, Array]:
+    """The gauge (9): column i of v and row i of u get equal norms, the product stays."""
+    v_K, u_K = np.linalg.norm(v_IK, axis=0), np.linalg.norm(u_KO, axis=1)
+    ok_K = (v_K > 0) & (u_K > 0)
+    s_K = np.sqrt(np.divide(v_K, u_K, out=np.ones_like(v_K), where=ok_K))
+    return v_IK / s_K, u_KO * s_K[:, None]
+
+
+def eigh(a: Array) -> tuple[Array, Array]:
+    """Eigenvalues (descending, not below 0) and eigenvectors of a positive semidefinite matrix."""
+    a = (a + a.T) / 2
+    try:
+        values, vectors = np.linalg.eigh(a)
+    except np.linalg.LinAlgError:  # divide and conquer can fail where plain QR iteration does not
+        values, vectors = scipy.linalg.eigh(a, driver="ev")
+    return np.maximum(values[::-1], 0.0), vectors[:, ::-1]
+
+
+def root(gram: Array) -> Array:
+    """F with F F^T = gram.
+
+    The diagonal is scaled to 1 before eigh: a channel a thousand times larger than the others
+    would otherwise drown them in the rounding of its own eigenvalue.
+    """
+    scale = np.sqrt(np.maximum(np.diag(gram), 0.0))
+    inv = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
+    values, vectors = eigh(gram * inv * inv[:, None])
+    return scale[:, None] * vectors * np.sqrt(values)
+
+
+def _basis(w_IO: Array, rank: int, gram: Array | None, over: str) -> tuple[Array, Array]:
+    """Orthonormal output directions Q_OK in order of energy, and the full spectrum sigma^2."""
+    n_in, n_out = w_IO.shape
+    if over == "outputs" and gram is not None:
+        spectrum, q_OO = eigh(gram)
+        return q_OO[:, :rank], spectrum[: min(n_in, n_out)]
+    f_II = None if gram is None else root(gram)
+    m_IO = w_IO if f_II is None else f_II.T @ w_IO
+    if n_out <= n_in:
+        spectrum, q_OO = eigh(m_IO.T @ m_IO)
+        return q_OO[:, :rank], spectrum
+    spectrum, p_II = eigh(m_IO @ m_IO.T)
+    # (6b) divides by sigma here; QR spans the same space in the same order without dividing, and
+    # removes from the small directions what rounding leaked into them from the large ones.
+    q_OK = scipy.linalg.qr(m_IO.T @ p_II[:, :rank], mode="economic")[0]
+    return q_OK, spectrum

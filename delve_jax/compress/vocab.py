@@ -1,0 +1,81 @@
+"""Factors of the vocabulary tables (compression.md section 7), by D x D eigenproblems only.
+
+Input table: lookups weighted by token frequency. Head: the Fisher metric of the unigram model on
+the logits, diag(p) - p p^T, and the moments of the head's inputs. Tied table: both at once.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .factorize import Array, Factors, balance, eigh, factor
+
+SMOOTH = 1e-6  # added to every frequency: about what an unseen word of a 50k vocabulary has
+ROWS = 8192  # rows held in float64 at a time
+
+
+def frequencies(tokens: Array, vocab_size: int) -> Array:
+    """Smoothed unigram frequencies p_V (sum 1, all positive) of the ids in `tokens`."""
+    counts = np.bincount(np.asarray(tokens).ravel(), minlength=vocab_size).astype(np.float64)
+    p_V = counts / max(counts.sum(), 1.0) + SMOOTH
+    return p_V / p_V.sum()
+
+
+def row_gram(table_VD: Array, weight_V: Array) -> Array:
+    """sum_v weight_v e_v e_v^T [D,D] in float64, streamed over the rows."""
+    gram = np.zeros((table_VD.shape[1],) * 2)
+    for i in range(0, len(table_VD), ROWS):
+        rows = np.asarray(table_VD[i : i + ROWS], np.float64)
+        gram += (rows * weight_V[i : i + ROWS, None]).T @ rows
+    return gram
+
+
+def factor_embed(table_VD: Array, p_V: Array, rank: int, normed: bool = False) -> Factors:
+    """Factors v [V,K], u [K,D] of an input table, least frequency-weighted lookup error.
+
+    normed: a LayerNorm follows the lookup (RWKV's ln0), so that an error counts relative to the
+    spread of its own row.
+    """
+    weight_V = p_V
+    if normed:
+        spread = np.concatenate(
+            [
+                np.asarray(table_VD[i : i + ROWS], np.float64).var(axis=1)
+                for i in range(0, len(table_VD), ROWS)
+            ]
+        )
+        weight_V = p_V / np.maximum(spread, 1e-3 * np.median(spread) + 1e-30)
+    return factor(table_VD, rank, row_gram(table_VD, weight_V), over="outputs")
+
+
+def factor_head(kernel_DV: Array, gram_DD: Array, p_V: Array, rank: int) -> Factors:
+    """Factors v [D,K], u [K,V] of a head; gram_DD = E[f f^T] of its inputs.
+
+    The frequency-weighted mean column is removed first: logits move by one constant per position,
+    which no softmax sees, and a large useless direction goes. What is left is exact for the
+    Fisher metric diag(p) - p p^T at p = unigram.
+    """
+    w_DV = np.asarray(kernel_DV, np.float64)
+    s_V = np.sqrt(p_V)
+    w_DV = (w_DV - (w_DV @ p_V)[:, None]) * s_V
+    fit = factor(w_DV, rank, gram_DD, over="inputs")
+    v_DK, u_KV = balance(fit.v_IK, fit.u_KO / s_V)
+    return fit._replace(v_IK=v_DK, u_KO=u_KV)
+
+
+def factor_tied(table_VD: Array, gram_DD: Array, p_V: Array, rank: int) -> Factors:
+    """One pair of factors for a table that is both input table and head (logits = f E^T).
+
+    Rows weighted by frequency, columns by alpha I + E[f f^T]; alpha gives lookups and logits
+    equal energy, so that neither use is served at the other's cost.
+    """
+    rows_DD = row_gram(table_VD, p_V)
+    gram_DD = (gram_DD + gram_DD.T) / 2
+    alpha = np.sum(rows_DD * gram_DD) / max(np.trace(rows_DD), 1e-300) or 1.0
+    values, vectors = eigh(alpha * np.eye(len(gram_DD)) + gram_DD)
+    s_DD = (vectors * np.sqrt(values)) @ vectors.T
+    inverse_DD = (vectors / np.sqrt(values)) @ vectors.T  # values >= alpha > 0
+    scaled_VD = np.asarray(table_VD, np.float64) @ s_DD
+    fit = factor(scaled_VD, rank, s_DD @ rows_DD @ s_DD, over="outputs")
+    v_VK, u_KD = balance(fit.v_IK, fit.u_KO @ inverse_DD)
+    return fit._replace(v_IK=v_VK, u_KO=u_KD)

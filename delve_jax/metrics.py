@@ -1,0 +1,132 @@
+"""What a run says while it goes: `metrics.jsonl` always, a bar on stderr, other sinks when asked.
+
+A log line is one JSON object with `step`; the file is the record, the bar is for the eyes.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from delve_jax.config import DelveError
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide numbers; what is missing is left out."""
+    out = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return out
+
+
+def progress(total: int | None, desc: str, unit: str = "step", hide: bool = False) -> tqdm:
+    """A bar on stderr with rate and time left; a context manager with `.update(n)`."""
+    return tqdm(
+        total=total,
+        desc=desc,
+        unit=unit,
+        unit_scale=True,
+        file=sys.stderr,
+        dynamic_ncols=True,
+        mininterval=0.5,
+        disable=hide,
+    )
+
+
+class MetricsLog:
+    """Appends one JSON line per logged step to `path`; `log(step, **values)`, then `close()`.
+
+    `resume` keeps an older file (False starts it anew), and `rewind(step)` cuts it back to the step
+    that a checkpoint stands at, so that no step is in it twice. `sinks`: "tensorboard", "wandb".
+    """
+
+    def __init__(self, path: str | Path, resume: bool = True, sinks: Sequence[str] = ()):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._sinks = [_sink(name, self.path.parent) for name in sinks]
+        if not resume:
+            self.path.unlink(missing_ok=True)
+        _keep_lines(self.path, None)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of steps after `step`, where the run goes on; at 0 it starts anew."""
+        self._file.close()
+        _keep_lines(self.path, step or -1)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def log(self, step: int, **values) -> None:
+        """One line; numbers may be JAX or numpy scalars. Flushed, so that a kill loses nothing."""
+        line = {"step": int(step)} | {k: _plain(v) for k, v in values.items()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        numbers = {k: v for k, v in line.items() if isinstance(v, (int, float))}
+        for write in self._sinks:
+            write(int(step), numbers)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """The whole lines of a metrics file; one that a kill cut short is left out."""
+    out = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            out.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return out
+
+
+def _keep_lines(path: Path, step: int | None) -> None:
+    """Rewrite `path` without cut lines and, given `step`, without later steps."""
+    if not path.exists():
+        return
+    kept = [line for line in read_metrics(path) if step is None or line.get("step", 0) <= step]
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    partial.replace(path)
+
+
+def _plain(value):
+    """A JSON value of a Python, numpy or JAX scalar; anything else as it is."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+
+
+def _sink(name: str, folder: Path):
+    """A function (step, numbers) of an optional logger; DelveError where it is not installed."""
+    try:
+        if name == "tensorboard":
+            from tensorboardX import SummaryWriter
+
+            writer = SummaryWriter(str(folder / "tensorboard"))
+            return lambda step, numbers: [
+                writer.add_scalar(key, value, step) for key, value in numbers.items()
+            ]
+        if name == "wandb":
+            import wandb
+
+            run = wandb.init(dir=str(folder), project="delve-jax", resume="allow")
+            return lambda step, numbers: run.log(numbers, step=step)
+    except ImportError as err:
+        package = "tensorboardX" if name == "tensorboard" else name
+        raise DelveError(f"sink '{name}': {err}; pip install {package}") from None
+    raise DelveError(f"sink '{name}' is unknown; choose tensorboard or wandb")

@@ -1,0 +1,108 @@
+"""What the outside world calls things: find a source, read it, write it back.
+
+load("org/name@revision" | DIR | FILE.pth) -> (cfg, params, tokenizer_json)
+export_stock(cfg, params, DST, tokenizer_json)      a directory that plain transformers loads
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .. import checkpoint
+from ..config import DelveError, read_json
+from .stock import describe, export_stock, family_of, load_stock
+
+__all__ = ["commit", "describe", "detect", "export_stock", "load", "resolve"]
+
+_HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_KEEP = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+_FORMATS = (  # in order of preference
+    ("model.safetensors", r"model-\d+-of-\d+\.safetensors|model\.safetensors(\.index\.json)?"),
+    ("pytorch_model.bin", r"pytorch_model-\d+-of-\d+\.bin|pytorch_model\.bin(\.index\.json)?"),
+)
+
+
+def resolve(src: str | Path) -> Path:
+    """The local directory or `.pth` file of `src`; a hub id `org/name[@revision]` is fetched."""
+    path = Path(src).expanduser()
+    if path.exists():
+        if path.is_file() and path.suffix != ".pth":
+            raise DelveError(f"{src}: a directory, a hub id or an RWKV .pth file is expected")
+        return path
+    match = _HUB.fullmatch(str(src))
+    if match is None:
+        raise DelveError(f"{src}: no such file or directory, and not a hub id org/name[@revision]")
+    return _fetch(str(src), match[1], match[2])
+
+
+def _fetch(src: str, repo: str, revision: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        try:
+            names = huggingface_hub.HfApi().list_repo_files(repo, revision=revision)
+        except HfHubHTTPError:  # the hub answered: no such repository, revision or permission
+            raise
+        except (OSError, OfflineModeIsEnabled, RuntimeError):  # no network: what the cache holds
+            snapshot = huggingface_hub.snapshot_download(
+                repo, revision=revision, local_files_only=True
+            )
+            return Path(snapshot)
+        weights = next(
+            ([n for n in names if re.fullmatch(p, n)] for _, p in _FORMATS
+             if any(re.fullmatch(p, n) for n in names)), []
+        )  # fmt: skip
+        if not weights:
+            raise DelveError(
+                f"{src}: the repository has no model*.safetensors, no pytorch_model*.bin"
+            )
+        snapshot = huggingface_hub.snapshot_download(
+            repo, revision=revision, allow_patterns=[*_KEEP, *weights]
+        )
+        return Path(snapshot)
+    except DelveError:
+        raise
+    except (HFValidationError, HfHubHTTPError, OSError, RuntimeError, ValueError) as err:
+        reason = " ".join(str(err).split())[:160]
+        raise DelveError(
+            f"{src}: no such directory, and the hub does not give it ({reason})"
+        ) from None
+
+
+def commit(path: str | Path) -> str | None:
+    """The hub commit of a resolved directory (to be stored beside the converted weights)."""
+    path = Path(path)
+    return path.name if path.parent.name == "snapshots" else None
+
+
+def detect(src: str | Path) -> str:
+    """What `src` is: "checkpoint" (ours), "delve" (an exported DELVE) or a parent family."""
+    path = resolve(src)
+    if path.is_file():
+        return "rwkv"
+    if (path / "params").is_dir():
+        return "checkpoint"
+    raw = read_json(path / "config.json")
+    if raw.get("model_type") == "delve":
+        return "delve"
+    return family_of(raw, str(path / "config.json"))
+
+
+def load(src: str | Path, dtype: str | None = None, mesh=None):
+    """Read any source into (cfg, params, tokenizer_json or None).
+
+    dtype: float32, bfloat16 or float16; None keeps each tensor's own. mesh: where the arrays go
+    (`parallel.shardings`), None for the first device. Raises DelveError for anything that does
+    not fit: files, names, shapes, NaN.
+    """
+    kind, path = detect(src), resolve(src)
+    if kind == "checkpoint":
+        cfg, params = checkpoint.restore(path, mesh, dtype)
+        return cfg, params, checkpoint.load_tokenizer(path)
+    if kind == "delve":
+        from .delve import read_exported_delve
+
+        return read_exported_delve(path, dtype, mesh)
+    return load_stock(path, dtype, mesh)

@@ -1,0 +1,348 @@
+"""A checkpoint out to a Hugging Face directory (the way back in: `delve.py`).
+
+A DELVE carries its own PyTorch files (`remote/`, loaded with trust_remote_code); a parent leaves as
+a stock directory, or, factored, as a DELVE of one stream. Nothing takes the name DST before the
+directory was reloaded and gave the logits of the JAX model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from ..config import Config, DelveConfig, DelveError, read_json, to_json
+from .delve import entries, leaf_at, leaves, read_exported_delve
+
+__all__ = ["densify", "export_hf", "read_exported_delve", "verify_hf", "write_tokenizer"]
+
+REMOTE = Path(__file__).parent / "remote"
+RECORD = "delve_export.json"  # what was exported from where; makes a repeated command a no-op
+SHARD_BYTES = 4 << 30
+TOLERANCE = 1e-4  # of max |logit|, float32 on both sides
+ROUNDED = 3e-2  # the same where products of factors were rounded to a 16-bit dtype
+
+
+def as_delve(cfg: Config, params: dict) -> tuple[DelveConfig, dict]:
+    """A single parent as a DELVE of one stream, pooled with weight 1, without hub and gate."""
+    if cfg.family == "delve":
+        return cfg, params
+    one = DelveConfig(
+        streams=((cfg.family, cfg),), n_superblocks=1, latents=1, gate_proj=0, gate_hidden=0,
+        dtype=cfg.dtype,
+    )  # fmt: skip
+    return one, {"streams": {cfg.family: params}, "pool": {"a": np.ones(1, np.float32)}}
+
+
+def densify(cfg: DelveConfig, params: dict) -> tuple[DelveConfig, dict]:
+    """The same model with every factored map multiplied out, in the factors' dtype."""
+    from ..models.linear import materialise
+
+    def walk(tree):
+        if not isinstance(tree, dict):
+            return tree
+        if "v" in tree:
+            f32 = {k: np.asarray(tree[k]).astype(np.float32) for k in ("v", "u")}
+            kernel = np.asarray(materialise(f32)).astype(tree["v"].dtype)
+            return {"kernel": kernel, **{k: a for k, a in tree.items() if k not in f32}}
+        return {name: walk(sub) for name, sub in tree.items()}
+
+    streams = tuple((name, dataclasses.replace(sub, ranks=())) for name, sub in cfg.streams)
+    dense = {**params, "streams": walk(params["streams"])}
+    return dataclasses.replace(cfg, streams=streams), dense
+
+
+def _dtype(params: dict) -> str:
+    """Storage dtype of most elements."""
+    sizes: dict[str, int] = {}
+    for _, leaf in leaves(params):
+        sizes[str(leaf.dtype)] = sizes.get(str(leaf.dtype), 0) + leaf.size
+    return max(sizes, key=sizes.get)
+
+
+def _special_ids(cfg: DelveConfig, tokenizer_json: str | None) -> dict[str, int]:
+    """eos, bos, pad ids: the tokenizer's <|endoftext|> and <|padding|>, else the first parent's."""
+    known = {}
+    if tokenizer_json:
+        added = json.loads(tokenizer_json).get("added_tokens") or []
+        known = {token["content"]: token["id"] for token in added}
+    source = json.loads(cfg.streams[0][1].hf_config or "{}")
+    ids = {"eos_token_id": known.get("<|endoftext|>", source.get("eos_token_id"))}
+    ids["bos_token_id"] = known.get("<|endoftext|>", source.get("bos_token_id"))
+    ids["pad_token_id"] = known.get("<|padding|>", ids["eos_token_id"])
+    return {k: v for k, v in ids.items() if isinstance(v, int) and 0 <= v < cfg.vocab_size}
+
+
+def write_tokenizer(folder: Path, tokenizer_json: str, ids: dict, context_length: int) -> None:
+    """tokenizer.json as it is, and the tokenizer_config.json that AutoTokenizer needs."""
+    folder.joinpath("tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+    added = {t["id"]: t["content"] for t in json.loads(tokenizer_json).get("added_tokens") or []}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context_length,
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        **{k.removesuffix("_id"): added[v] for k, v in ids.items() if v in added},
+    }
+    _write_json(folder / "tokenizer_config.json", config)
+
+
+def _write_json(path: Path, data: dict) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tensors(folder: Path, cfg: DelveConfig, params: dict) -> None:
+    """model.safetensors, or numbered shards and their index where the model is large."""
+    from safetensors.numpy import save_file
+
+    shards, size = [[]], 0
+    total, sizes = 0, {}
+    for entry in entries(cfg):
+        leaf = leaf_at(params, entry.path)
+        cut = 1 if entry.rank is None else entry.rank / leaf.shape[-1 if entry.axis == 1 else -2]
+        count = leaf.size if entry.layer is None else leaf.size // leaf.shape[0]
+        sizes[entry.key] = round(count * cut) * leaf.dtype.itemsize
+        if shards[-1] and size + sizes[entry.key] > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size, total = size + sizes[entry.key], total + sizes[entry.key]
+    index = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = "model.safetensors" if len(shards) == 1 else name
+        host, tensors = {}, {}
+        for entry in shard:
+            if entry.path not in host:
+                host = {entry.path: np.asarray(leaf_at(params, entry.path))}
+            tensors[entry.key] = entry.to_torch(host[entry.path])
+            index[entry.key] = name
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        data = {"metadata": {"total_size": total}, "weight_map": index}
+        _write_json(folder / "model.safetensors.index.json", data)
+
+
+def _hf_config(cfg: DelveConfig, layout: str, dtype: str, ids: dict) -> dict:
+    """config.json of an exported DELVE: our fields, and what transformers asks of a config."""
+    fields = to_json(cfg)
+    fields.pop("family")
+    fields["dtype"] = dtype
+    kinds = [
+        "full_attention" if sub.family == "neox" else "linear_attention"
+        for _, sub in cfg.streams
+        for _ in range(sub.n_layers)
+    ]
+    return {
+        "architectures": ["DelveForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_delve.DelveConfig",
+            "AutoModelForCausalLM": "modeling_delve.DelveForCausalLM",
+        },
+        "model_type": "delve",
+        "layout": layout,
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": sum(sub.d_model for _, sub in cfg.streams),
+        "num_hidden_layers": len(kinds),
+        "layer_types": kinds,
+        "number_of_conv_states": 2,
+        "max_position_embeddings": cfg.context_length,
+        "tie_word_embeddings": False,
+        **ids,
+        **fields,
+    }
+
+
+def _write_delve(folder: Path, cfg, params, layout: str, tokenizer_json: str | None) -> None:
+    cfg, params = as_delve(cfg, params)
+    if layout == "dense":
+        cfg, params = densify(cfg, params)
+    ids = _special_ids(cfg, tokenizer_json)
+    _write_json(folder / "config.json", _hf_config(cfg, layout, _dtype(params), ids))
+    _write_json(folder / "generation_config.json", {**ids, "use_cache": True})
+    _write_tensors(folder, cfg, params)
+    for source in sorted(REMOTE.glob("*_delve.py")):
+        shutil.copyfile(source, folder / source.name)
+    if tokenizer_json:
+        write_tokenizer(folder, tokenizer_json, ids, cfg.context_length)
+
+
+def verify_hf(folder: Path, cfg: Config, params: dict, rows: int = 2, length: int = 24):
+    """Reload a written directory with transformers -> (max |logit difference|, max |logit|).
+
+    Both sides compute in float32 on the same fixed random tokens; None where torch is missing.
+    """
+    try:
+        import torch
+    except ImportError:
+        return None
+    import jax
+    from transformers import AutoModelForCausalLM
+
+    from .. import models
+
+    extra = {"rescale_every": 0} if cfg.family == "rwkv" else {}
+    if read_json(folder / "config.json").get("model_type") == "delve":
+        extra = {"trust_remote_code": True}
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, **extra
+    ).eval()
+    tokens_BT = np.random.default_rng(0).integers(0, cfg.vocab_size, (rows, length))
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(tokens_BT), use_cache=False).logits.float().numpy()
+    with jax.default_matmul_precision("highest"):
+        run = jax.jit(lambda p, t: models.forward(cfg, p, t)[0])
+        ours = np.asarray(run(params, tokens_BT.astype(np.int32)))
+    theirs = theirs[..., : cfg.vocab_size]  # a stock directory may store padding rows
+    return float(np.abs(ours - theirs).max()), float(np.abs(ours).max())
+
+
+def _card(cfg: Config, facts: dict) -> str:
+    """README.md from facts only: what it is made of, how to load it, what was checked."""
+    streams = cfg.streams if cfg.family == "delve" else ((cfg.family, cfg),)
+    rows = "\n".join(
+        f"| {name} | {sub.family} | {sub.n_layers} | {sub.d_model} | "
+        f"{', '.join(n for n, _ in sub.ranks) or 'none'} |"
+        for name, sub in streams
+    )
+    remote = facts["model_type"] == "delve"
+    trust = ", trust_remote_code=True" if remote else ""
+    check = (
+        f"reloaded and compared with the JAX model: max logit difference "
+        f"{facts['max_abs_diff']:.1e} at max |logit| {facts['max_abs_logit']:.3g}"
+        if facts["verified"]
+        else "**not verified** (torch was not installed where it was exported)"
+    )
+    text = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
+        f"# {'DELVE' if remote else 'Compressed ' + cfg.family}",
+        f"{facts['parameters']:,} parameters, {facts['vocab_size']:,} token ids, "
+        f"layout {facts['layout']}, {facts['dtype']}. Written by delve-jax.",
+        "| stream | family | layers | width | factored maps in the checkpoint |\n"
+        f"|---|---|---|---|---|\n{rows}",
+    ]
+    if cfg.family == "delve":
+        head = "log-linear pool (ordinary logits)" if cfg.latents == 1 else "mixture (log p)"
+        text.append(f"Superblocks: {cfg.n_superblocks}. Hub rank: {cfg.hub_rank}. Head: {head}.")
+        if cfg.teachers:
+            text.append("Made from: " + ", ".join(Path(t).name or t for t in cfg.teachers) + ".")
+    text.append(
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("."{trust})\n'
+        'tokenizer = AutoTokenizer.from_pretrained(".")\n```'
+    )
+    if remote:
+        text.append(
+            "Batches are padded on the left. LoRA: `target_modules` names the inner maps of a "
+            'factored linear, `["u", "v"]` (the linears are low-rank already; keep the LoRA rank '
+            "small). Assisted generation and static caches are not supported."
+        )
+    text.append(f"Check: {check}.")
+    return "\n\n".join(text) + "\n"
+
+
+def _fingerprint(src: Path, layout: str) -> dict:
+    """What identifies an export: same source, unchanged, same layout."""
+    config = src / "config.json"
+    digest = hashlib.sha256(config.read_bytes()).hexdigest()[:16]
+    stamp = config.stat().st_mtime_ns
+    return {"source": str(src.resolve()), "config": digest, "stamp": stamp, "layout": layout}
+
+
+def export_hf(
+    src: str | Path,
+    dst: str | Path,
+    layout: str | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+) -> dict:
+    """Checkpoint directory -> Hugging Face directory; returns what was written and checked.
+
+    layout "factored" keeps u and v (a DELVE's default), "dense" multiplies them out (a parent's
+    default: a stock directory). Keys of the result: verified, max_abs_diff, max_abs_logit, files,
+    parameters, layout, path. DelveError: no checkpoint at SRC, DST taken, logits that differ.
+    """
+    from .. import checkpoint, models
+
+    src, dst = Path(src), Path(dst)
+    cfg = checkpoint.load_config(src)
+    layout = layout or ("factored" if cfg.family == "delve" else "dense")
+    if layout not in ("factored", "dense"):
+        raise DelveError(f"--layout {layout}: must be dense or factored")
+    made_of = _fingerprint(src, layout)
+    if dst.exists() and not overwrite:
+        record = read_json(dst / RECORD) if (dst / RECORD).exists() else {}
+        if record.get("made_of") == made_of:
+            return {**record, "already": True, "path": str(dst)}
+        raise DelveError(f"{dst}: exists and is not this export; pass --overwrite or another name")
+    cfg, params = checkpoint.restore(src)
+    tokenizer = src / "tokenizer.json"
+    tokenizer_json = tokenizer.read_text(encoding="utf-8") if tokenizer.exists() else None
+    partial = dst.with_name(dst.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        if cfg.family != "delve" and layout == "dense":
+            from . import export_stock
+
+            export_stock(cfg, params, partial, tokenizer_json)
+        else:
+            _write_delve(partial, cfg, params, layout, tokenizer_json)
+        facts = _check(partial, dst, cfg, params, layout, verify)
+        facts["parameters"] = models.count(cfg) if layout == "factored" else facts["stored"]
+        facts.pop("stored")
+        (partial / "README.md").write_text(_card(cfg, facts), encoding="utf-8")
+        facts["files"] = sorted(p.name for p in partial.iterdir())
+        _write_json(partial / RECORD, {**facts, "made_of": made_of})
+        if dst.exists():
+            shutil.rmtree(dst)
+        partial.rename(dst)
+    except OSError as err:
+        raise DelveError(f"{dst}: cannot be written ({err})") from None
+    return {**facts, "path": str(dst)}
+
+
+def _check(partial: Path, dst: Path, cfg: Config, params: dict, layout: str, verify: bool) -> dict:
+    """Reload the directory and hold it to the tolerance; DelveError where it gives other logits."""
+    found = verify_hf(partial, cfg, params) if verify else None
+    if verify and found is None:
+        print(
+            "warning: torch is not installed, the export was not verified (pip install torch)",
+            file=sys.stderr,
+        )
+    hf, dtype = read_json(partial / "config.json"), _dtype(params)
+    subs = [sub for _, sub in cfg.streams] if cfg.family == "delve" else [cfg]
+    rounded = layout == "dense" and dtype != "float32" and any(sub.ranks for sub in subs)
+    tolerance = ROUNDED if rounded else TOLERANCE
+    if found is not None and not found[0] <= tolerance * found[1]:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise DelveError(
+            f"{dst}: not written: the exported model's logits differ from the checkpoint's by "
+            f"{found[0]:.2e} (allowed: {tolerance * found[1]:.2e}); please report this"
+        )
+    return {
+        "verified": found is not None,
+        "max_abs_diff": None if found is None else found[0],
+        "max_abs_logit": None if found is None else found[1],
+        "layout": layout,
+        "dtype": dtype,
+        "vocab_size": cfg.vocab_size,
+        "model_type": hf.get("model_type"),
+        "stored": _stored(partial),
+    }
+
+
+def _stored(folder: Path) -> int:
+    """Elements in the safetensors files of a directory."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            total += sum(int(np.prod(file.get_slice(k).get_shape())) for k in file.keys())
+    return total

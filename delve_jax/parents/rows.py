@@ -1,0 +1,98 @@
+"""Name tables as data: one `Row` per tensor, our parameter path <-> their tensor name.
+
+Torch weights are (out, in), ours [in, out]; small tensors also lose their axes of length one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..config import DelveError
+
+
+@dataclass(frozen=True)
+class Row:
+    """`path` ours; `name` and `shape` theirs, where "{i}" is a layer (we stack those)."""
+
+    path: str
+    name: str
+    shape: tuple[int, ...]
+    transpose: bool = False
+
+    @property
+    def stacked(self) -> bool:
+        return "{i}" in self.name
+
+    @property
+    def _axes(self) -> tuple[int, ...]:
+        """Their axes that we keep: conv1d is (E, 1, W), time_mix is (1, 1, D)."""
+        return {1: (0,), 2: (0, 1), 3: (0, 2) if self.transpose else (2,)}[len(self.shape)]
+
+    @property
+    def ours(self) -> tuple[int, ...]:
+        """Our shape of one layer."""
+        kept = tuple(self.shape[a] for a in self._axes)
+        return kept[::-1] if self.transpose else kept
+
+    def theirs_index(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
+        """Which slice of their tensor holds our slice `index` (of one layer)."""
+        kept = index[::-1] if self.transpose else index
+        out = [slice(None)] * len(self.shape)
+        for axis, piece in zip(self._axes, kept, strict=True):
+            out[axis] = piece
+        return tuple(out)
+
+    def to_ours(self, piece: np.ndarray) -> np.ndarray:
+        """A (slice of a) tensor of theirs as a view in our layout."""
+        kept = piece.reshape([piece.shape[a] for a in self._axes])
+        return kept.T if self.transpose else kept
+
+    def to_theirs(self, x: np.ndarray) -> np.ndarray:
+        """One whole layer of ours in their layout."""
+        return (x.T if self.transpose else x).reshape(self.shape)
+
+
+def linear(path: str, name: str, n_in: int, n_out: int, bias: bool = False) -> list[Row]:
+    """The rows of a linear map."""
+    rows = [Row(f"{path}/kernel", f"{name}.weight", (n_out, n_in), transpose=True)]
+    return rows + [Row(f"{path}/bias", f"{name}.bias", (n_out,))] * bias
+
+
+def layer_norm(path: str, name: str, width: int) -> list[Row]:
+    """The rows of a LayerNorm with gain and bias."""
+    return [
+        Row(f"{path}/scale", f"{name}.weight", (width,)),
+        Row(f"{path}/bias", f"{name}.bias", (width,)),
+    ]
+
+
+class Fields:
+    """Typed access to a raw config.json; errors name the file and the field."""
+
+    def __init__(self, raw: dict, where: str):
+        self.raw, self.where = raw, where
+
+    def get(self, name: str, kind: type, default=None):
+        """Field `name` as int (positive), float, bool or str; absent or null -> default."""
+        value = self.raw.get(name)
+        if value is None:
+            value = default
+        if value is None:
+            raise DelveError(f"{self.where}: field '{name}' is missing")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        good = {int: number and value == int(value) and value > 0, float: number}
+        if not good.get(kind, isinstance(value, kind)):
+            raise DelveError(
+                f"{self.where}: field '{name}' = {value!r} is not a valid {kind.__name__}"
+            )
+        return kind(value)
+
+    def only(self, name: str, *allowed) -> None:
+        """Refuse a field whose value changes the mathematics in a way we do not compute."""
+        value = self.raw.get(name, allowed[0])
+        if value not in allowed:
+            raise DelveError(
+                f"{self.where}: field '{name}' = {value!r} is not supported, only {allowed[0]!r}"
+            )

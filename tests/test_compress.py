@@ -1,0 +1,536 @@
+"""Compression: the closed form against its tail bound and its rivals, budgets met exactly."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from tokenizers import Tokenizer
+
+import delve_jax
+from delve_jax import models
+from delve_jax.compress import compress, moments, plan_for, vocab
+from delve_jax.compress.allocate import Map, allocate, parent_maps
+from delve_jax.compress.factorize import factor, svd
+from delve_jax.config import DelveConfig, DelveError, MambaConfig, NeoxConfig, RwkvConfig
+from delve_jax.models.linear import Linear, materialise
+
+MAMBA = MambaConfig(  # a tied and padded vocabulary
+    vocab_size=61, vocab_rows=64, d_model=24, n_layers=2, tie_embeddings=True,
+    d_inner=48, d_state=4, dt_rank=2,
+)  # fmt: skip
+RWKV = RwkvConfig(vocab_size=61, vocab_rows=61, d_model=24, n_layers=2, d_att=32, d_ffn=96)
+NEOX = NeoxConfig(vocab_size=61, vocab_rows=64, d_model=24, n_layers=2, n_heads=4, d_ffn=96)
+SMALL = {"mamba": MAMBA, "rwkv": RWKV, "neox": NEOX}
+V = 50_277
+REAL = {  # dense parameters at V valid rows: design notes, hybrid.md section 2
+    "mamba-370m": (MambaConfig(V, 50_280, 1024, 48, tie_embeddings=True, d_inner=2048, dt_rank=64),
+                   371_513_344),
+    "mamba-7b-rw": (MambaConfig(V, 50_432, 4096, 64, tie_embeddings=True, d_inner=8192,
+                                dt_rank=256), 6_945_923_072),
+    "rwkv-4-430m": (RwkvConfig(V, V, 1024, 24, d_att=1024, d_ffn=4096), 430_397_440),
+    "rwkv-4-1b5": (RwkvConfig(V, V, 2048, 24, d_att=2048, d_ffn=8192), 1_515_106_304),
+    "pythia-410m": (NeoxConfig(V, 50_304, 1024, 24, n_heads=16, d_ffn=4096), 405_278_720),
+    "pythia-14m": (NeoxConfig(V, 50_304, 128, 6, n_heads=4, d_ffn=512), 14_060_800),
+    "incite-7b": (NeoxConfig(V, 50_432, 4096, 32, n_heads=32, d_ffn=16384), 6_856_032_256),
+}  # fmt: skip
+
+
+def trained_like(cfg, seed=0):
+    """Random parameters large enough that activations and logits vary, biases included."""
+    rng = np.random.default_rng(seed)
+    params = models.init_params(cfg, jax.random.key(seed))
+    return jax.tree.map(
+        lambda a: np.asarray(a + 0.1 * rng.normal(size=a.shape), np.float32), params
+    )
+
+
+def windows(cfg, n=24, t=16, seed=1):
+    skew = np.random.default_rng(seed).beta(0.4, 2.0, (n, t))
+    return (skew * cfg.vocab_size).astype(np.int32)
+
+
+# --- the closed form -----------------------------------------------------------------------------
+
+
+def activations(case, n_in, rng):
+    """X [tokens, n_in] with correlated channels of uneven energy and a mean."""
+    tokens = n_in // 2 if case == "few tokens" else 8 * n_in
+    mixing = rng.normal(size=(n_in, n_in)) * np.geomspace(1, 0.05, n_in)
+    x = rng.normal(size=(tokens, n_in)) @ mixing + 0.5 * rng.normal(size=n_in)
+    if case == "zero columns":
+        x[:, ::4] = 0
+    if case == "outlier":
+        x[:, 3] *= 1e3
+    if case == "duplicate":
+        x = np.linalg.qr(rng.normal(size=x.shape))[0] * np.sqrt(tokens)
+    return x
+
+
+CASES = ["plain", "few tokens", "zero columns", "outlier", "duplicate"]
+SHAPES = [(48, 20), (20, 48), (32, 32)]
+
+
+def problem(case, shape):
+    rng = np.random.default_rng(hash((CASES.index(case), *shape)) % 2**32)
+    w = rng.normal(size=shape)
+    if case == "duplicate":  # singular values in groups of equal ones
+        a, s, b = np.linalg.svd(w, full_matrices=False)
+        w = a * np.repeat(s[::4], 4)[: len(s)] @ b
+    return activations(case, shape[0], rng), w
+
+
+def gram_of(x, w, over):
+    y = x if over == "inputs" else x @ w
+    return y.T @ y / len(x)
+
+
+def loss(x, w, a, shift=0.0):
+    """E||x W - x A - shift||^2."""
+    return np.mean(np.sum((x @ (w - a) - shift) ** 2, axis=1))
+
+
+@pytest.mark.parametrize("over", ["inputs", "outputs"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_loss_equals_its_tail_bound_and_beats_plain_svd(case, shape, over):
+    x, w = problem(case, shape)
+    energy = loss(x, w, 0)
+    for rank in (1, 5, min(shape) // 2, min(shape) - 1):
+        fit = factor(w, rank, gram_of(x, w, over), over=over)
+        assert fit.spectrum.shape == (min(shape),)
+        tail, got = fit.spectrum[rank:].sum(), loss(x, w, fit.v_IK @ fit.u_KO)
+        # float64 resolves a loss down to some 1e-16 of the energy, so a tail below 1e-6 of it
+        # (zero where tokens are few) is held to that instead
+        assert abs(got - tail) <= 1e-9 * max(tail, 1e-6 * energy)
+        plain = svd(w, rank)
+        assert got <= loss(x, w, plain.v_IK @ plain.u_KO) + 1e-12 * energy
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_loss_is_no_worse_than_asvd(case, shape):
+    x, w = problem(case, shape)
+    d = np.sqrt(np.abs(x).mean(0)) + 1e-9
+    a, s, b = np.linalg.svd(d[:, None] * w, full_matrices=False)
+    rank = min(shape) // 3
+    asvd = (a[:, :rank] * s[:rank] @ b[:rank]) / d[:, None]
+    fit = factor(w, rank, gram_of(x, w, "inputs"))
+    assert loss(x, w, fit.v_IK @ fit.u_KO) <= loss(x, w, asvd) + 1e-12 * loss(x, w, 0)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_cholesky_whitening(shape):
+    x, w = problem("plain", shape)
+    rank = min(shape) // 3
+    chol = np.linalg.cholesky(gram_of(x, w, "inputs"))  # SVD-LLM(W): SVD(W L), then L^-1
+    a, s, b = np.linalg.svd(chol.T @ w, full_matrices=False)
+    theirs = np.linalg.solve(chol.T, a[:, :rank] * s[:rank] @ b[:rank])
+    for over in ("inputs", "outputs"):
+        fit = factor(w, rank, gram_of(x, w, over), over=over)
+        ours = fit.v_IK @ fit.u_KO
+        assert np.linalg.norm(ours - theirs) < 1e-8 * np.linalg.norm(theirs)
+
+
+def test_plain_svd_is_the_truncated_svd():
+    for shape in SHAPES:
+        _, w = problem("plain", shape)
+        a, s, b = np.linalg.svd(w, full_matrices=False)
+        fit = svd(w, 7)
+        np.testing.assert_allclose(fit.spectrum, s**2, rtol=1e-10)
+        np.testing.assert_allclose(fit.v_IK @ fit.u_KO, a[:, :7] * s[:7] @ b[:7], atol=1e-11)
+
+
+@pytest.mark.parametrize("over", ["inputs", "outputs"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_centred_with_bias_is_no_worse_than_uncentred(shape, over):
+    x, w = problem("plain", shape)
+    x = x + 3.0  # a mean worth centring
+    bias = np.linspace(-1, 1, shape[1])
+    for rank in (2, 6, 12):
+        gram = gram_of(x, w, over)
+        raw = factor(w, rank, gram, over=over, bias_O=bias)
+        fit = factor(w, rank, gram, over=over, bias_O=bias, mean_I=x.mean(0))
+        np.testing.assert_array_equal(raw.bias_O, bias)
+        got = loss(x, w, fit.v_IK @ fit.u_KO, fit.bias_O - bias)
+        assert abs(got - fit.spectrum[rank:].sum()) <= 1e-9 * got
+        assert got < loss(x, w, raw.v_IK @ raw.u_KO)
+
+
+def test_ranks_are_nested_and_factors_balanced():
+    for shape in SHAPES:
+        x, w = problem("plain", shape)
+        gram = gram_of(x, w, "inputs")
+        wide, narrow = factor(w, 12, gram), factor(w, 5, gram)
+        np.testing.assert_allclose(
+            wide.v_IK[:, :5] @ wide.u_KO[:5], narrow.v_IK @ narrow.u_KO, atol=1e-9
+        )
+        v_K, u_K = np.linalg.norm(wide.v_IK, axis=0), np.linalg.norm(wide.u_KO, axis=1)
+        np.testing.assert_allclose(v_K, u_K, rtol=1e-9)
+
+
+def test_directions_without_data_follow_plain_svd():
+    """With 3 tokens the other ranks are spent on W itself, not on arbitrary directions."""
+    rng = np.random.default_rng(0)
+    for shape, over in [((40, 24), "outputs"), ((24, 40), "inputs")]:
+        x, w = rng.normal(size=(3, shape[0])), rng.normal(size=shape)
+        fit = factor(w, 12, gram_of(x, w, over), over=over)
+        a = fit.v_IK @ fit.u_KO
+        assert loss(x, w, a) < 1e-20 * loss(x, w, 0)
+        plain = svd(w, 9)  # 9 free ranks: at least as close to W as 9 ranks of plain SVD
+        assert np.linalg.norm(w - a) <= np.linalg.norm(w - plain.v_IK @ plain.u_KO) + 1e-12
+
+
+# --- vocabulary tables ---------------------------------------------------------------------------
+
+
+def table_problem():
+    rng = np.random.default_rng(5)
+    p = vocab.frequencies((rng.beta(0.5, 3, 500) * 90).astype(int), 90)
+    f = rng.normal(size=(200, 16)) @ rng.normal(size=(16, 16)) + 1.0
+    return p, rng.normal(size=(90, 16)) + 0.3, f.T @ f / 200
+
+
+def test_frequencies_are_smoothed():
+    p = vocab.frequencies(np.array([[0, 0, 2]]), 4)
+    assert p.sum() == pytest.approx(1) and p.min() > 0 and p[0] > p[2] > p[1] == p[3]
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_embedding_is_optimal_for_weighted_lookups(normed):
+    p, table, _ = table_problem()
+    weight = p / table.var(axis=1) if normed else p
+    fit = vocab.factor_embed(table, p, 6, normed)
+    got = np.sum(weight[:, None] * (table - fit.v_IK @ fit.u_KO) ** 2)
+    best = np.linalg.svd(np.sqrt(weight)[:, None] * table, compute_uv=False)[6:]
+    assert got == pytest.approx(np.sum(best**2), rel=1e-9)
+
+
+def test_head_is_optimal_in_the_unigram_fisher_metric():
+    p, table, gram = table_problem()
+    w = table.T
+    fit = vocab.factor_head(w, gram, p, 6)
+    fisher = np.diag(p) - np.outer(p, p)
+    diff = w - fit.v_IK @ fit.u_KO
+    got = np.trace(gram @ diff @ fisher @ diff.T)
+    assert got == pytest.approx(fit.spectrum[6:].sum(), rel=1e-9)
+    plain = svd(w, 6)
+    diff = w - plain.v_IK @ plain.u_KO
+    assert got < np.trace(gram @ diff @ fisher @ diff.T)
+
+
+def test_full_rank_head_shifts_logits_by_a_constant_only():
+    p, table, gram = table_problem()
+    fit = vocab.factor_head(table.T, gram, p, 16)
+    f = np.random.default_rng(1).normal(size=(7, 16))
+    shift = f @ table.T - f @ fit.v_IK @ fit.u_KO
+    assert np.ptp(shift, axis=1).max() < 1e-10 < np.abs(shift).max()
+
+
+def test_tied_table_is_optimal_for_lookups_and_logits_together():
+    p, table, gram = table_problem()
+    rows = table.T @ (p[:, None] * table)
+    metric = np.sum(rows * gram) / np.trace(rows) * np.eye(16) + gram
+    fit = vocab.factor_tied(table, gram, p, 6)
+
+    def joint(a):
+        return np.sum(p[:, None] * ((table - a) @ metric) * (table - a))
+
+    got, plain = joint(fit.v_IK @ fit.u_KO), svd(table, 6)
+    assert got == pytest.approx(fit.spectrum[6:].sum(), rel=1e-9)
+    assert got < joint(plain.v_IK @ plain.u_KO)
+    full = vocab.factor_tied(table, gram, p, 16)
+    np.testing.assert_allclose(full.v_IK @ full.u_KO, table, atol=1e-10)
+
+
+# --- moments -------------------------------------------------------------------------------------
+
+
+def inputs_of(cfg, params, tokens):
+    """[{map path: explicit inputs X [tokens, I] in float64}] per layer, by intercepting Linear."""
+    seen = {}
+
+    def catch(run, args, kwargs, context):
+        if isinstance(context.module, Linear) and context.method_name == "__call__":
+            x = np.asarray(args[0], np.float64)
+            seen["/".join(context.module.path)] = x.reshape(-1, x.shape[-1])
+        return run(*args, **kwargs)
+
+    x, layers = models.embed_tokens(cfg, params, tokens), []
+    with nn.intercept_methods(catch):
+        for i in range(cfg.n_layers):
+            seen = {}
+            x = models.block_apply(cfg, jax.tree.map(lambda a, i=i: a[i], params["layers"]), x)
+            layers.append(seen)
+    return layers, np.asarray(models.final_features(cfg, params, x), np.float64)
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_moments_are_those_of_the_explicit_activations(family):
+    cfg = SMALL[family]
+    params, tokens = trained_like(cfg), windows(cfg)
+    layers, f = inputs_of(cfg, params, tokens)
+    for layer, sown in moments.stream(cfg, params, tokens):
+        if layer == "head":
+            f = f.reshape(-1, cfg.d_model)
+            want = f.T @ f / len(f)
+            np.testing.assert_allclose(sown["head"].gram, want, atol=1e-5 * np.abs(want).max())
+            continue
+        assert sown.keys() == layers[layer].keys() and len(sown) >= 4
+        for path, m in sown.items():
+            x, kernel = layers[layer][path], params["layers"]
+            for part in path.split("/"):
+                kernel = kernel[part]
+            kernel = kernel["kernel"][layer].astype(np.float64)
+            want = gram_of(x, kernel, m.over)
+            assert m.count == tokens.size and len(m.gram) == min(kernel.shape)
+            np.testing.assert_allclose(m.gram, want, atol=1e-5 * np.abs(want).max(), err_msg=path)
+            np.testing.assert_allclose(m.mean_I, x.mean(0), atol=1e-5 * np.abs(x).max())
+
+
+def test_moments_do_not_depend_on_the_chunk_size(monkeypatch):
+    cfg = dataclasses.replace(NEOX, d_model=128, d_ffn=256, n_layers=1)
+    params, tokens = trained_like(cfg), windows(cfg, n=23)
+    whole = list(moments.stream(cfg, params, tokens))
+    monkeypatch.setattr(moments, "TOKENS", 5 * 16)  # 23 windows: four chunks of 5 and one of 3
+    for (_, a), (_, b) in zip(whole, moments.stream(cfg, params, tokens), strict=True):
+        for path in a:
+            apart = np.linalg.norm(a[path].gram - b[path].gram)
+            assert apart <= 1e-6 * np.linalg.norm(a[path].gram), path
+            assert a[path].count == b[path].count == tokens.size
+
+
+# --- budgets -------------------------------------------------------------------------------------
+
+
+def check_plan(maps, plan):
+    """Never over; the gap is smaller than the smallest step left; ranks even out over layers."""
+    assert plan.parameters <= plan.budget
+    gap, steps = plan.budget - plan.parameters, []
+    for m in maps:
+        if m.name not in plan.ranks:
+            continue
+        ranks = plan.ranks[m.name]
+        assert len(ranks) == m.layers and 1 <= min(ranks) and max(ranks) - min(ranks) <= 1
+        assert max(ranks) * m.step < m.dense  # else dense would be cheaper
+        if min(ranks) < m.max_rank:
+            steps.append(m.step)
+        else:
+            steps.append(m.layers * m.dense - m.step * sum(ranks))
+    if steps:
+        assert gap < min(steps)
+    else:
+        assert plan.parameters == plan.total
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_parents_meet_the_keep_ratio(name):
+    cfg, total = REAL[name]
+    body, tables, counted = parent_maps(cfg)
+    assert counted == total
+    for keep in (0.8, 0.6, 0.5, 0.4, 0.25, 0.1):
+        plan, _ = plan_for(cfg, keep=keep)
+        check_plan([*tables, *body], plan)
+        new = dataclasses.replace(cfg, vocab_rows=V, ranks=tuple(plan.ranks.items()))
+        assert models.count(new) == plan.parameters
+        assert total - plan.parameters >= (1 - keep) * total - 1e-6
+        if plan.tables == "dense":
+            assert not {"embed", "head"} & plan.ranks.keys() and plan.rho >= 0.49 * keep
+        else:  # the tables ask for their share: dense ones would starve the body
+            body_size = sum(m.layers * m.dense for m in body)
+            assert (body_size - (total - plan.budget)) / body_size < keep / 2
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_shapes_meet_any_budget(seed):
+    rng = np.random.default_rng(seed)
+    body = [
+        Map(f"m{i}", int(rng.integers(1, 7)), *map(int, rng.integers(1, 90, 2))) for i in range(4)
+    ]
+    tables = [Map("embed", 1, 200, 16), Map("head", 1, 16, 200)][: rng.integers(1, 3)]
+    total = sum(m.layers * m.dense for m in [*body, *tables]) + int(rng.integers(0, 3000))
+    least = allocate_least(body, tables, total)
+    for budget in [least, least + 1, total - 1, total, *map(int, rng.integers(least, total, 12))]:
+        plan = allocate(body, tables, total, budget)
+        check_plan([*tables, *body], plan)
+        cost = sum(
+            m.step * sum(plan.ranks[m.name]) - m.layers * m.dense
+            for m in [*body, *tables]
+            if m.name in plan.ranks
+        )
+        assert plan.parameters == total + cost
+        assert plan == allocate(body, tables, total, budget)
+
+
+def allocate_least(body, tables, total):
+    return total - sum(m.layers * max(0, m.dense - m.step) for m in [*body, *tables])
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_smallest_possible_ratio_is_named_and_works(family):
+    cfg = SMALL[family]
+    with pytest.raises(DelveError, match="smallest possible --keep is") as err:
+        plan_for(cfg, keep=0.01)
+    smallest = float(str(err.value).rsplit(" ", 1)[1])
+    plan, maps = plan_for(cfg, keep=smallest)
+    check_plan(maps.values(), plan)
+    with pytest.raises(DelveError, match="smallest possible"):
+        plan_for(cfg, keep=smallest - 1e-3)
+
+
+def test_absolute_budget_is_the_same_rule():
+    _, _, total = parent_maps(NEOX)
+    by_ratio, _ = plan_for(NEOX, keep=0.5)
+    by_number, _ = plan_for(NEOX, budget=total // 2)
+    assert by_ratio.ranks == by_number.ranks
+    for wrong in ({}, {"keep": 0.5, "budget": 10}, {"keep": 0.0}, {"keep": 1.2},
+                  {"keep": float("nan")}):  # fmt: skip
+        with pytest.raises(DelveError, match="keep"):
+            plan_for(NEOX, **wrong)
+
+
+# --- whole parents -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method,keep", [("delve", 0.5), ("delve", 0.3), ("svd", 0.3)])
+@pytest.mark.parametrize("family", SMALL)
+def test_compressed_parent_runs_and_equals_its_explicit_product(family, method, keep):
+    cfg = SMALL[family]
+    params, tokens = trained_like(cfg), windows(cfg)
+    new, small, report = compress(cfg, params, tokens, keep=keep, method=method, progress=False)
+    assert new.vocab_rows == cfg.vocab_size and new.ranks
+    assert keep == 0.5 or "embed" in report.errors  # factored tables, one of them tied
+    assert models.count(new) == report.plan.parameters <= keep * models.count(cfg)
+    abstract = models.abstract_params(new)
+    jax.tree.map(lambda a, b: (a.shape == b.shape) or pytest.fail(f"{a} {b}"), small, abstract)
+
+    def dense(tree):
+        if "v" in tree:
+            rest = {k: a for k, a in tree.items() if k not in "uv"}
+            return {"kernel": materialise(tree), **rest}
+        return {k: dense(a) if isinstance(a, dict) else a for k, a in tree.items()}
+
+    got, _ = models.forward(new, small, tokens)
+    want, _ = models.forward(dataclasses.replace(new, ranks=()), dense(small), tokens)
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+    out = json.loads(json.dumps(report.to_json()))
+    assert out["ratio"] <= keep and out["maps"].keys() == dict(new.ranks).keys()
+    for name, ranks in new.ranks:
+        leaf = small if name in ("embed", "head") else small["layers"]
+        for part in name.split("/"):
+            leaf = leaf[part]
+        assert report.spectra[name].shape == (len(ranks), min(out["maps"][name]["shape"]))
+        assert report.spectra[name].dtype == np.float64
+        for layer, rank in enumerate(ranks if leaf["v"].ndim == 3 else ()):
+            assert not np.any(leaf["v"][layer, :, rank:]) and not np.any(leaf["u"][layer, rank:])
+            spectrum = report.spectra[name][layer]
+            error = np.sqrt(spectrum[rank:].sum() / spectrum.sum())
+            assert out["maps"][name]["error"][layer] == pytest.approx(error, rel=1e-12)
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_every_map_loses_no_more_than_plain_svd(family):
+    assert_beats_plain(SMALL[family], trained_like(SMALL[family]), windows(SMALL[family]), 0.5)
+
+
+def assert_beats_plain(cfg, params, tokens, keep):
+    """Loss on explicit calibration activations: tail bound, and <= plain SVD's, for every map."""
+    new, small, report = compress(cfg, params, tokens, keep=keep, progress=False)
+    _, plain, _ = compress(cfg, params, None, keep=keep, method="svd", progress=False)
+    layers, _ = inputs_of(cfg, params, tokens)
+    checked = 0
+    for name, ranks in new.ranks:
+        if name in ("embed", "head"):
+            continue
+        trees = [params["layers"], small["layers"], plain["layers"]]
+        for part in name.split("/"):
+            trees = [t[part] for t in trees]
+        for layer, rank in enumerate(ranks):
+            (dense, ours, theirs), x = [take(t, layer) for t in trees], layers[layer][name]
+            shift = ours.get("bias", 0.0) - dense.get("bias", 0.0)
+            energy = loss(x, dense["kernel"], 0)
+            got = loss(x, dense["kernel"], ours["v"] @ ours["u"], shift)
+            assert got <= loss(x, dense["kernel"], theirs["v"] @ theirs["u"]) + 1e-12 * energy
+            tail = report.spectra[name][layer][rank:].sum()
+            assert abs(got - tail) <= 1e-4 * tail + 1e-6 * energy, (name, layer)  # float32 store
+            exact = factor(dense["kernel"], rank, gram_of(x, dense["kernel"], "inputs"))
+            got, tail = loss(x, dense["kernel"], exact.v_IK @ exact.u_KO), exact.spectrum[rank:]
+            assert abs(got - tail.sum()) <= 1e-9 * max(tail.sum(), 1e-6 * energy), (name, layer)
+            checked += 1
+    assert checked >= cfg.n_layers * 2
+
+
+PROXIES = sorted(p.parent for p in Path(delve_jax.__file__).parent.glob("proxies/*/config.json"))
+
+
+@pytest.mark.skipif(not PROXIES, reason="no trained proxies in delve_jax/proxies yet")
+@pytest.mark.parametrize("keep", [0.5, 0.25])
+@pytest.mark.parametrize("path", PROXIES, ids=lambda p: p.name)
+def test_every_map_of_every_proxy_loses_no_more_than_plain_svd(path, keep):
+    from delve_jax import parents
+
+    cfg, params, tokenizer = parents.load(str(path), dtype="float32")
+    params = jax.tree.map(np.asarray, params)
+    text = Path(json.__file__).with_name("decoder.py").read_text()
+    ids = Tokenizer.from_str(tokenizer).encode(text).ids[: 16 * 128]
+    tokens = np.array(ids[: len(ids) // 64 * 64], np.int32).reshape(-1, 64)
+    assert_beats_plain(cfg, params, tokens, keep)
+
+
+def take(tree, layer):
+    return {k: np.asarray(a[layer], np.float64) for k, a in tree.items()}
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_keep_one_returns_the_parent(family):
+    cfg = SMALL[family]
+    params, tokens = trained_like(cfg), windows(cfg, n=2)
+    new, same, report = compress(cfg, params, tokens, keep=1.0, progress=False)
+    assert new.ranks == () and report.plan.parameters == report.plan.total == models.count(new)
+    want, _ = models.forward(cfg, params, tokens)
+    got, _ = models.forward(new, same, tokens)
+    np.testing.assert_array_equal(got, want)
+    if cfg.vocab_rows == cfg.vocab_size:
+        assert same is params
+
+
+def test_more_budget_is_never_a_worse_map():
+    params, tokens = trained_like(RWKV), windows(RWKV)
+    errors = []
+    for keep in (0.4, 0.6, 0.8):
+        *_, report = compress(RWKV, params, tokens, keep=keep, progress=False)
+        errors.append(report.errors)
+    for name in errors[-1]:
+        assert np.all(np.diff([e[name] for e in errors], axis=0) <= 0)
+
+
+def test_bad_input_is_named():
+    params, tokens = trained_like(NEOX), windows(NEOX)
+    run = lambda cfg=NEOX, p=params, t=tokens, **k: compress(  # noqa: E731
+        cfg, p, t, **{"keep": 0.5, "progress": False, **k}
+    )
+    with pytest.raises(DelveError, match="--method pca.*delve, svd"):
+        run(method="pca")
+    with pytest.raises(DelveError, match="id 61 is outside"):
+        run(t=np.full((2, 8), 61))
+    with pytest.raises(DelveError, match="id -1 is outside"):
+        run(t=np.full((2, 8), -1))
+    for wrong in (np.zeros((0, 8), int), np.zeros(5, int), np.zeros((2, 8))):
+        with pytest.raises(DelveError, match="calibration tokens"):
+            run(t=wrong)
+    with pytest.raises(DelveError, match="needs calibration tokens"):
+        run(t=None)
+    broken = jax.tree.map(np.copy, params)
+    broken["layers"]["mlp"]["down"]["kernel"][1, 0, 0] = np.nan
+    with pytest.raises(DelveError, match=r"layer 1, map mlp/down"):
+        run(p=broken)
+    with pytest.raises(DelveError, match=r"layer 1, map mlp/down"):
+        run(p=broken, method="svd")
+    with pytest.raises(DelveError, match="already"):
+        run(cfg=dataclasses.replace(NEOX, ranks=(("att/out", (1, 1)),)))
+    with pytest.raises(DelveError, match="family 'delve'"):
+        run(cfg=DelveConfig(streams=(("a", NEOX),), n_superblocks=1))

@@ -1,0 +1,390 @@
+"""JAX -> Hugging Face -> JAX: logits, greedy text, caches, padding, round trip, refusals."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from delve_jax import checkpoint, models
+from delve_jax.config import DelveConfig, DelveError, MambaConfig, NeoxConfig, RwkvConfig
+from delve_jax.parents import export
+
+torch = pytest.importorskip("torch")
+V = 288
+RELOAD = Path(__file__).parent / "export_reload.py"
+RAW = ("A_log", "D", "time_decay", "time_first", "dt_proj/bias", "sigma", "scale", "/g", "pool/a")
+
+
+def mamba(**kw):
+    sizes = {"d_inner": 48, "d_state": 4, "d_conv": 4, "dt_rank": 3, "use_bias": True}
+    return MambaConfig(V, V, 24, 6, tie_embeddings=True, context_length=128, **(sizes | kw))
+
+
+def rwkv(**kw):
+    return RwkvConfig(V, V, 32, 3, context_length=128, d_att=40, d_ffn=64, **kw)
+
+
+def neox(layers=3, **kw):
+    return NeoxConfig(V, V, 24, layers, context_length=128, n_heads=2, d_ffn=48, **kw)
+
+
+def joints(**kw):
+    return {"hub_rank": 4, "gate_proj": 8, "gate_hidden": 12, **kw}
+
+
+def three():
+    """6/3/3 layers, widths 24/32/24, S divides none of them, unequal ranks, J = 1."""
+    ranks = {
+        "mamba": (("embed", (9,)), ("in_proj", (7, 8, 8, 7, 8, 6)), ("out_proj", (5,) * 6)),
+        "rwkv": (("att/key", (6, 7, 6)), ("ffn/value", (8, 9, 9)), ("head", (10,))),
+        "neox": (("att/qkv", (8, 9, 8)), ("mlp/up", (9, 9, 9)), ("embed", (7,))),
+    }
+    streams = (
+        ("first", mamba(ranks=ranks["mamba"])),
+        ("second", rwkv(ranks=ranks["rwkv"])),
+        ("third", neox(ranks=ranks["neox"], rotary_pct=1.0, parallel_residual=False)),
+    )
+    teachers = ("here/first", "second@rev", "third")
+    return DelveConfig(streams, n_superblocks=4, latents=1, teachers=teachers, **joints())
+
+
+def two():
+    """6/4 layers, the scanned superblocks, parallel residual, J = K."""
+    streams = (
+        ("m", mamba(ranks=(("out_proj", (5, 4, 5, 5, 5, 5)),), use_conv_bias=False)),
+        ("n", neox(4, rotary_pct=0.5, use_bias=False, ranks=(("mlp/down", (6, 7, 7, 6)),))),
+    )
+    return DelveConfig(streams, n_superblocks=2, latents=2, **joints())
+
+
+def random_params(cfg, seed=0):
+    """Random weights in which nothing is zero or trivial but the padding beyond true ranks."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = "/".join(key.key for key in path)
+        noise = rng.standard_normal(leaf.shape).astype(np.float32)
+        if name.endswith(RAW) or leaf.ndim == 1:
+            return np.asarray(leaf) + 0.1 * noise
+        return noise / max(leaf.shape[-2], 1) ** 0.5
+
+    params = jax.tree_util.tree_map_with_path(draw, models.init_params(cfg, jax.random.key(seed)))
+    for name, sub in cfg.streams if cfg.family == "delve" else [(None, cfg)]:
+        tree = params if name is None else params["streams"][name]
+        for map_name, ranks in sub.ranks:
+            leaf = tree if map_name in ("embed", "head") else tree["layers"]
+            for part in map_name.split("/"):
+                leaf = leaf[part]
+            for layer, rank in enumerate(ranks) if leaf["v"].ndim == 3 else ():
+                leaf["v"][layer, :, rank:] = 0
+                leaf["u"][layer, rank:] = 0
+    return params
+
+
+def tiny_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=V,
+        special_tokens=["<|endoftext|>", "<|padding|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tok.train_from_iterator(["the export of the model and the model of the export"], trainer)
+    return tok.to_str()
+
+
+def torch_model(folder):
+    from transformers import AutoModelForCausalLM
+
+    kwargs = {"trust_remote_code": True, "local_files_only": True}
+    return AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
+
+
+def make(folder, cfg, layout):
+    params = random_params(cfg)
+    checkpoint.save(folder / "checkpoint", cfg, params, tiny_tokenizer())
+    facts = export.export_hf(folder / "checkpoint", folder / "hf", layout)
+    run = jax.jit(lambda t, m: models.forward(cfg, params, t, None, m)[0])
+    return {
+        "cfg": cfg,
+        "params": params,
+        "facts": facts,
+        "checkpoint": folder / "checkpoint",
+        "hf": folder / "hf",
+        "torch": torch_model(folder / "hf"),
+        "jax": run,
+    }
+
+
+@pytest.fixture(
+    scope="module", params=[("three", "factored"), ("two", "dense")], ids=lambda p: p[0]
+)
+def case(request, tmp_path_factory):
+    kind, layout = request.param
+    return make(tmp_path_factory.mktemp(kind), three() if kind == "three" else two(), layout)
+
+
+@pytest.fixture(scope="module")
+def factored(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("one"), three(), "factored")
+
+
+def batch(length=12, pads=(0, 3, 7)):
+    """Left-padded tokens and mask; the padding ids are ordinary ids, so a leak would show."""
+    tokens = np.random.default_rng(1).integers(0, V, (len(pads), length))
+    return tokens, np.arange(length)[None] >= np.array(pads)[:, None]
+
+
+def call(model, tokens, mask=None, **kw):
+    mask = None if mask is None else torch.from_numpy(mask).long()
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens), attention_mask=mask, **kw)
+
+
+def pad_to(tokens, mask, length):
+    """Left-pad further, to one shape for the compiled JAX program; padding changes nothing."""
+    extra = length - tokens.shape[1]
+    return np.pad(tokens, ((0, 0), (extra, 0))), np.pad(mask, ((0, 0), (extra, 0)))
+
+
+def jax_logits(case, tokens, mask, length=80, rows=3):
+    n, t = tokens.shape
+    tokens, mask = pad_to(tokens, mask, length)
+    fill = ((0, rows - n), (0, 0))
+    tokens, mask = np.pad(tokens, fill), np.pad(mask, fill, constant_values=True)
+    return np.asarray(case["jax"](jnp.asarray(tokens, jnp.int32), jnp.asarray(mask)))[:n, -t:]
+
+
+def test_logits_match_jax_padded_and_not(case):
+    assert case["facts"]["verified"]
+    assert case["facts"]["max_abs_diff"] <= 1e-4 * case["facts"]["max_abs_logit"]
+    tokens, mask = batch(40, (0, 9, 21))
+    ours, theirs = jax_logits(case, tokens, mask), call(case["torch"], tokens, mask).logits.numpy()
+    scale = np.abs(ours[mask]).max()
+    assert scale > 2  # logits that vary, or the comparison says nothing
+    assert np.abs(ours - theirs)[mask].max() <= 1e-4 * scale
+    for row in range(3):  # and a padded row is the row alone
+        alone = call(case["torch"], tokens[row : row + 1, mask[row]]).logits.numpy()[0]
+        assert np.abs(alone - theirs[row, mask[row]]).max() <= 2e-5 * scale
+
+
+@pytest.mark.parametrize("pads", [(0,), (0, 3, 7)], ids=["batch1", "batch3"])
+def test_greedy_is_the_same_cached_uncached_and_in_jax(case, pads):
+    tokens, mask = batch(12, pads)
+    kw = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "eos_token_id": None}
+    ids, attention = torch.from_numpy(tokens), torch.from_numpy(mask).long()
+    texts = [
+        case["torch"].generate(ids, attention_mask=attention, use_cache=cache, **kw).numpy()
+        for cache in (True, False)
+    ]
+    full = np.pad(mask, ((0, 0), (0, 64)), constant_values=True)
+    logits = jax_logits(case, texts[0], full)[:, 11:-1]  # what JAX predicts on the same prefix
+    assert len(np.unique(texts[0][:, 12:])) > 5  # not one token for ever
+    for row in range(len(pads)):
+        theirs, ours = texts[0][row, 12:], logits[row].argmax(-1)
+        for other in (texts[1][row, 12:], ours):
+            differing = np.flatnonzero(theirs != other)
+            if len(differing):  # only where the two best are a rounding apart
+                top = np.sort(logits[row, differing[0]])[-2:]
+                assert top[1] - top[0] <= 1e-4
+
+
+def test_chunks_and_steps_continue_the_cache(case):
+    tokens, mask = batch(20)
+    full = call(case["torch"], tokens, mask).logits.numpy()
+    cache, parts, at = None, [], 0
+    for size in (2, 1, 9, 1, 7):  # the first chunks end inside the padding
+        out = call(
+            case["torch"],
+            tokens[:, at : at + size],
+            mask[:, : at + size],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache, at = out.past_key_values, at + size
+        parts.append(out.logits.numpy())
+    difference = np.abs(np.concatenate(parts, 1) - full)[mask].max()
+    assert difference <= 2e-5 * np.abs(full).max()
+
+
+def test_beams_keep_their_states_apart(case):
+    tokens, mask = batch(6, (0, 2))
+    kw = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "eos_token_id": None}
+    ids, attention = torch.from_numpy(tokens), torch.from_numpy(mask).long()
+    runs = [
+        case["torch"].generate(ids, attention_mask=attention, use_cache=c, **kw) for c in (1, 0)
+    ]
+    assert torch.equal(*runs)
+
+
+def test_loss_logits_to_keep_and_refused_padding(case):
+    model, (tokens, mask) = case["torch"], batch(10)
+    out = call(model, tokens, labels=torch.from_numpy(tokens))
+    log_p = torch.log_softmax(out.logits[:, :-1], -1)
+    nll = -log_p.gather(-1, torch.from_numpy(tokens)[:, 1:, None]).mean()
+    assert abs(out.loss - nll) < 1e-5 and out.past_key_values is None
+    assert case["cfg"].latents == 1 or torch.logsumexp(out.logits, -1).abs().max() < 1e-5
+    last = call(model, tokens, logits_to_keep=2).logits
+    torch.testing.assert_close(last, out.logits[:, -2:], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="on the left"):
+        call(model, tokens, mask[:, ::-1].copy(), use_cache=True)
+    cache = call(model, tokens, mask, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="cover all 11 tokens"):
+        call(model, tokens[:, :1], mask[:, :1], past_key_values=cache)
+
+
+def test_exported_directory_alone_in_a_process_without_jax(factored, tmp_path):
+    tokens, mask = batch(12)
+    text = "the model"
+    data = {"tokens": tokens, "mask": mask, "logits": jax_logits(factored, tokens, mask)}
+    np.savez(tmp_path / "expected.npz", text=text, **data)
+    args = [sys.executable, "-I", str(RELOAD), str(factored["hf"]), str(tmp_path / "expected.npz")]
+    run = subprocess.run(args, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    out = json.loads(run.stdout.splitlines()[-1])
+    assert out["difference"] <= 1e-4 * out["scale"]
+    assert out["saved_again"] == 0 and not out["leaked"]
+    assert not out["no_gradient"]
+    assert out["kept_float32"] == ["A_log", "D", "pool", "time_decay", "time_first"]
+    assert 0 < out["bfloat16_difference"] < 0.2 * out["scale"]
+    from tokenizers import Tokenizer
+
+    assert out["text_ids"] == Tokenizer.from_str(tiny_tokenizer()).encode(text).ids
+
+
+def test_way_back_is_exact(factored):
+    cfg, params, tokenizer = export.read_exported_delve(factored["hf"])
+    assert cfg == factored["cfg"] and tokenizer == tiny_tokenizer()
+    assert jax.tree.structure(params) == jax.tree.structure(factored["params"])
+    jax.tree.map(np.testing.assert_array_equal, params, factored["params"])
+
+
+def test_sixteen_bit_way_back_is_exact_and_in_shards(tmp_path, monkeypatch):
+    cfg = two()
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), random_params(cfg))
+    checkpoint.save(tmp_path / "c", cfg, params)
+    monkeypatch.setattr(export, "SHARD_BYTES", 20_000)
+    facts = export.export_hf(tmp_path / "c", tmp_path / "hf")
+    assert facts["verified"] and "model.safetensors.index.json" in facts["files"]
+    assert facts["parameters"] == models.count(cfg) and facts["dtype"] == "bfloat16"
+    _, back, _ = export.read_exported_delve(tmp_path / "hf")
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+@pytest.mark.parametrize("family", ["mamba", "rwkv"])
+def test_one_parent_leaves_factored_as_a_delve_of_one_stream(tmp_path, family):
+    cfg = {
+        "mamba": mamba(ranks=(("in_proj", (7, 8, 8, 7, 8, 6)),)),
+        "rwkv": rwkv(ranks=(("att/output", (7, 8, 8)),)),
+    }[family]
+    checkpoint.save(tmp_path / "c", cfg, random_params(cfg))
+    assert export.export_hf(tmp_path / "c", tmp_path / "hf", "factored")["verified"]
+    ids, kw = torch.arange(10)[None], {"max_new_tokens": 12, "do_sample": False}
+    # without an attention stream `generate` has no cache that knows the length but ours
+    model = torch_model(tmp_path / "hf")
+    runs = [model.generate(ids, use_cache=c, **kw) for c in (True, False)]
+    assert torch.equal(*runs) and runs[0].shape == (1, 22)
+    back, params, _ = export.read_exported_delve(tmp_path / "hf")
+    logits = models.forward(back, params, jnp.arange(10)[None])[0]
+    np.testing.assert_allclose(logits, call(model, ids.numpy()).logits, atol=1e-4)
+
+
+def test_a_wrong_export_is_caught_and_leaves_nothing(factored, tmp_path, monkeypatch):
+    wrong = tmp_path / "remote"
+    shutil.copytree(export.REMOTE, wrong)
+    code = (wrong / "modeling_delve.py").read_text()
+    gelu = "F.gelu(self.up(h))"
+    assert gelu in code
+    code = code.replace(gelu, 'F.gelu(self.up(h), approximate="tanh")')
+    (wrong / "modeling_delve.py").write_text(code)
+    monkeypatch.setattr(export, "REMOTE", wrong)
+    with pytest.raises(DelveError, match="logits differ"):
+        export.export_hf(factored["checkpoint"], tmp_path / "hf")
+    assert [p.name for p in tmp_path.iterdir()] == ["remote"]
+
+
+def test_repeated_other_and_overwriting_exports(factored, tmp_path, monkeypatch):
+    src, dst = factored["checkpoint"], tmp_path / "hf"
+    monkeypatch.setitem(sys.modules, "torch", None)  # as if torch were not installed
+    assert export.export_hf(src, dst)["verified"] is False
+    assert "not verified" in (dst / "README.md").read_text()
+    before = (dst / "model.safetensors").stat().st_mtime_ns
+    assert export.export_hf(src, dst)["already"]
+    assert (dst / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(DelveError, match="--overwrite"):
+        export.export_hf(src, dst, "dense")
+    assert export.export_hf(src, dst, "dense", overwrite=True)["layout"] == "dense"
+    cfg, _, _ = export.read_exported_delve(dst)
+    assert all(not sub.ranks for _, sub in cfg.streams)
+    with pytest.raises(DelveError, match="--layout"):
+        export.export_hf(src, dst, "thin")
+
+
+def damage(folder, name, change):
+    """Rewrite model.safetensors with one tensor changed (None: left out)."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = change(tensors[name])
+    tensors = {k: v for k, v in tensors.items() if v is not None}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: None, "missing"),
+        (lambda x: x[:-1], "shape"),
+        (lambda x: x * np.nan, "NaN"),
+    ],
+    ids=["missing", "shape", "nan"],
+)
+def test_damaged_export_is_refused_by_name(factored, tmp_path, change, message):
+    shutil.copytree(factored["hf"], tmp_path / "hf")
+    name = "streams.1.layers.2.att.key.v.weight"
+    damage(tmp_path / "hf", name, change)
+    with pytest.raises(DelveError, match=f"{name}.*{message}"):
+        export.read_exported_delve(tmp_path / "hf")
+
+
+def test_truncated_unknown_and_foreign_directories_are_refused(factored, tmp_path):
+    shutil.copytree(factored["hf"], tmp_path / "hf")
+    weights = tmp_path / "hf" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DelveError, match="truncated"):
+        export.read_exported_delve(tmp_path / "hf")
+    weights.write_bytes(whole)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    thin = {**config, "streams": config["streams"][:2], "latents": 1}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(thin))
+    with pytest.raises(DelveError, match="unknown tensor"):
+        export.read_exported_delve(tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    with pytest.raises(DelveError, match="model_type"):
+        export.read_exported_delve(tmp_path / "hf")
+
+
+def test_dense_layout_is_the_product_of_the_factors(case):
+    cfg, params = case["cfg"], case["params"]
+    dense_cfg, dense = export.densify(cfg, params)
+    assert all(not sub.ranks for _, sub in dense_cfg.streams)
+    assert jax.tree.map(jnp.shape, dense) == jax.tree.map(
+        jnp.shape, models.abstract_params(dense_cfg)
+    )
+    name = cfg.names[0]
+    factors = params["streams"][name]["layers"]["out_proj"]
+    kernel = dense["streams"][name]["layers"]["out_proj"]["kernel"]
+    np.testing.assert_allclose(kernel, factors["v"] @ factors["u"], atol=1e-5)
+    assert dataclasses.replace(dense_cfg, streams=cfg.streams) == cfg
