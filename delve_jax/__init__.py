@@ -1,0 +1,33 @@
+"""delve-jax: several pretrained language models in, one low-rank autoregressive hybrid out.
+
+The public face, imported on first use so that `import delve_jax` starts neither JAX nor torch.
+"""
+
+import importlib
+import types
+
+_WHERE = {"load": "lm", "LM": "lm", "DelveError": "config"} | dict.fromkeys(
+    ("convert", "heal", "export", "generate", "info", "upcycle"), "road"
+)
+_VERB_MODULES = ("compress", "fuse", "evaluate")
+__all__ = [*_WHERE, *_VERB_MODULES]
+__version__ = "0.1.0"
+
+
+def __getattr__(name):
+    if name in _VERB_MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class VerbModule(types.ModuleType):
+    """A module that has a verb's name (compress, fuse, evaluate) and can be called as that verb.
+
+    Importing a submodule puts it in the place of the function, so the module answers for it.
+    """
+
+    def __call__(self, *args, **kwargs):
+        road = importlib.import_module("delve_jax.road")
+        return getattr(road, self.__name__.rpartition(".")[2])(*args, **kwargs)

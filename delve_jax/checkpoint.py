@@ -24,8 +24,12 @@ CHUNK_BYTES = 64 * 2**20
 _FILES = ("config.json", "tokenizer.json")
 
 
-def _checkpointer() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
+def _checkpointer(limit_bytes: int = 10**9) -> ocp.Checkpointer:
+    """limit_bytes bounds what is read at once; no single array may be larger."""
+    limit = -(-max(limit_bytes, 10**9) // 10**9)
+    return ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(use_ocdbt=False, restore_concurrent_gb=limit)
+    )
 
 
 @contextlib.contextmanager
@@ -92,7 +96,8 @@ def _save_tree(path: Path, tree) -> None:
 def _restore_tree(path: Path, abstract):
     """An Orbax tree in the dtypes and shardings of `abstract`."""
     try:
-        with _quiet(), _checkpointer() as orbax:
+        largest = max((x.size * 4 for x in jax.tree.leaves(abstract)), default=0)
+        with _quiet(), _checkpointer(2 * largest) as orbax:
             args = ocp.checkpoint_utils.construct_restore_args(abstract)
             return orbax.restore(
                 path.absolute(), args=ocp.args.PyTreeRestore(abstract, restore_args=args)

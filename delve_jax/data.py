@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from delve_jax.config import DelveError
-from delve_jax.metrics import progress
+from .config import DelveError
+from .metrics import progress
 
 EOT = "<|endoftext|>"
 PADDING = "<|padding|>"
@@ -177,9 +177,12 @@ def load_tokenizer(json_str: str | None, vocab_size: int):
     import tokenizers
 
     try:
-        return tokenizers.Tokenizer.from_str(json_str)
+        tok = tokenizers.Tokenizer.from_str(json_str)
     except Exception as err:  # tokenizers raises the bare class
         raise DelveError(f"tokenizer.json: cannot be read ({err})") from None
+    tok.no_truncation()  # a file may bring either, and would cut or fill documents in silence
+    tok.no_padding()
+    return tok
 
 
 def eot_of(tok) -> int | None:

@@ -11,8 +11,9 @@ import functools
 import hashlib
 import json
 import math
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from delve_jax import data, models
-from delve_jax.config import Config, DelveError, read_json
-from delve_jax.metrics import progress
+from . import VerbModule, data, models
+from .config import Config, DelveError, read_json
+from .metrics import progress
 
 WINDOW = 1024  # default longest window; shorter where the model's context is
 _LOGITS = 1 << 27  # float32 logits that one batch may hold: 512 MiB
@@ -55,21 +56,12 @@ def as_scorer(model) -> Scorer:
     if isinstance(model, Scorer):
         return model
     if hasattr(model, "params"):
-        cfg = model.config
-        return Scorer(
-            functools.partial(_jitted(cfg), model.params),
-            cfg.vocab_size,
-            cfg.context_length,
-            model.tokenizer,
-            models.count(cfg),
-            parameter_bytes(cfg),
-        )
+        cfg, score = model.config, functools.partial(_jitted(model.config), model.params)
+        size = models.count(cfg), parameter_bytes(cfg)
+        return Scorer(score, cfg.vocab_size, cfg.context_length, model.tokenizer, *size)
     vocab_size = jax.eval_shape(model, jax.ShapeDtypeStruct((1, 1), jnp.int32)).shape[-1]
-    return Scorer(
-        jax.jit(lambda tokens_BT, targets_BT: nll_of(model(tokens_BT), targets_BT)),
-        vocab_size,
-        WINDOW,
-    )
+    score = jax.jit(lambda tokens_BT, targets_BT: nll_of(model(tokens_BT), targets_BT))
+    return Scorer(score, vocab_size, WINDOW)
 
 
 def parameter_bytes(cfg: Config) -> int:
@@ -90,7 +82,9 @@ def _jitted(cfg: Config) -> Callable:
     """One compiled scorer per config: evaluating a second time does not compile again."""
 
     def score(params, tokens_BT, targets_BT):
-        return nll_of(models.forward(cfg, params, tokens_BT)[0], targets_BT)
+        # full float32 where weights are float32: reported numbers must not hang on the platform
+        with jax.default_matmul_precision("highest"):
+            return nll_of(models.forward(cfg, params, tokens_BT)[0], targets_BT)
 
     return jax.jit(score)
 
@@ -98,14 +92,7 @@ def _jitted(cfg: Config) -> Callable:
 # ---- text ----------------------------------------------------------------------------------------
 
 
-def nll(
-    model,
-    ids: np.ndarray,
-    window: int,
-    stride: int | None = None,
-    batch: int | None = None,
-    bos=None,
-) -> np.ndarray:
+def nll(model, ids, window: int, stride=None, batch=None, bos: int | None = None) -> np.ndarray:
     """nll_n [n] float32, nats: -log p of each id given those before it in its window.
 
     `model` as in `as_scorer`. Windows start every `stride` ids (half a window unless given), so
@@ -116,13 +103,7 @@ def nll(
     return _nll(as_scorer(model), ids, window, stride, batch, bos)[0]
 
 
-def evaluate(
-    model,
-    texts: Sequence[str],
-    window: int | None = None,
-    stride: int | None = None,
-    batch: int | None = None,
-) -> dict:
+def evaluate(model, texts: Sequence[str], window=None, stride=None, batch=None) -> dict:
     """Scores of a model on documents, joined by `<|endoftext|>` (itself scored) where it exists.
 
     -> nll_per_token (nats), bits_per_byte (all nats over the UTF-8 bytes of the documents), tokens,
@@ -140,9 +121,6 @@ def evaluate(
     stride = stride or max(1, window // 2)
     nll_n, per_second = _nll(scorer, ids, window, stride, batch, bos, timed=True)
     total = float(nll_n.sum(dtype=np.float64))
-    if not math.isfinite(total):
-        first = int(np.flatnonzero(~np.isfinite(nll_n))[0])
-        raise DelveError(f"evaluate: token {first} scores {nll_n[first]}; are the weights damaged?")
     size = sum(len(text.encode("utf-8")) for text in texts)
     return {
         "nll_per_token": total / len(ids),
@@ -184,7 +162,7 @@ def _nll(scorer: Scorer, ids, window, stride, batch, bos, timed=False) -> tuple[
     batch = batch or _batch(window_T, scorer.vocab_size)
     at_T = np.arange(window_T)
 
-    def rows() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def rows():
         for i in range(0, len(cuts), batch):
             at_BT = np.array([start for start, _ in cuts[i : i + batch]])[:, None] + at_T
             yield stream[np.minimum(at_BT, n - 1)], stream[np.minimum(at_BT + 1, n)]
@@ -215,6 +193,8 @@ def _run(scorer: Scorer, rows, batch: int, window: int, total: int, desc: str, t
                 start = time.perf_counter()
                 nll_BT, hit_BT = map(np.asarray, scorer.score(tokens_BT, targets_BT))
                 last = time.perf_counter() - start
+            if not np.isfinite(nll_BT[:n]).all():
+                raise DelveError(f"{desc}: the model gives NaN or Inf; are its weights damaged?")
             if out or repeat:
                 seconds, positions = seconds + last, positions + batch * window
             out.extend(zip(nll_BT[:n], hit_BT[:n], strict=True))
@@ -260,9 +240,8 @@ def read_task(path: str | Path) -> list[Example]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            examples.append(_example(row))
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as err:
+            examples.append(_example(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as err:
             raise DelveError(
                 f"{path}:{number}: not a task line ({type(err).__name__}: {err}); wanted query, "
                 "choices, gold | context, continuation | sentence_good, sentence_bad"
@@ -273,22 +252,26 @@ def read_task(path: str | Path) -> list[Example]:
 
 
 def _example(row: dict) -> Example:
+    gold = 0
     if "sentence_good" in row:
-        return Example((("", row["sentence_good"] + ""), ("", row["sentence_bad"] + "")))
-    if "choices" in row:
-        pairs = tuple((row["query"] + "", choice + "") for choice in row["choices"])
+        pairs = (("", row["sentence_good"]), ("", row["sentence_bad"]))
+    elif "choices" in row:
+        pairs, gold = tuple((row["query"], choice) for choice in row["choices"]), row["gold"]
     elif "context_options" in row:
-        pairs = tuple((option + "", row["continuation"] + "") for option in row["context_options"])
+        pairs = tuple((option, row["continuation"]) for option in row["context_options"])
+        gold = row["gold"]
     else:
-        return Example(((row["context"] + "", row["continuation"] + ""),))
-    if not 0 <= row["gold"] < len(pairs) or not all(text for _, text in pairs):
-        raise ValueError(f"gold {row['gold']} of {len(pairs)} choices, none of them empty")
-    return Example(pairs, int(row["gold"]))
+        pairs = ((row["context"], row["continuation"]),)
+    if not all(
+        isinstance(context, str) and isinstance(text, str) and text for context, text in pairs
+    ):
+        raise TypeError("an alternative is empty or not a string")
+    if not 0 <= gold < len(pairs):
+        raise ValueError(f"gold {gold} of {len(pairs)} choices")
+    return Example(pairs, int(gold))
 
 
-def evaluate_task(
-    model, path: str | Path, limit: int | None = None, batch: int | None = None
-) -> dict:
+def evaluate_task(model, path: str | Path, limit: int | None = None, batch=None) -> dict:
     """Hard and soft metrics of a task file, means over its first `limit` examples.
 
     All kinds: bits_per_byte and logprob (nats) of the right continuation, logprob_per_token and
@@ -304,9 +287,7 @@ def evaluate_task(
     for ids, _ in jobs:
         _check_ids(ids, scorer.vocab_size)
     scored = iter(_continuations(scorer, jobs, batch, bos, Path(path).stem))
-    rows = [
-        _example_metrics(example, [next(scored) for _ in example.pairs]) for example in examples
-    ]
+    rows = [_example_metrics(one, [next(scored) for _ in one.pairs]) for one in examples]
     out = {key: float(np.mean([row[key] for row in rows if key in row])) for key in rows[0]}
     return {"task": Path(path).stem, "examples": len(rows), **out}
 
@@ -402,19 +383,19 @@ def hf_scorer(model_dir: str | Path, trust_remote_code: bool = False) -> Scorer:
         raise DelveError("--backend hf: torch is not installed; pip install torch") from None
     import transformers
 
-    from delve_jax import parents
+    from . import parents
 
     path = parents.resolve(model_dir)
     config = read_json(path / "config.json")
-    if "auto_map" in config and not (trust_remote_code or _is_ours(path)):
+    if "auto_map" in config and not (trust_remote_code or _is_ours(path, config["auto_map"])):
         raise DelveError(
             f"{path}: brings Python code that delve_jax did not write; read it, then pass "
             "trust_remote_code=True, or use --backend jax"
         )
-    json_path = path / "tokenizer.json"
-    tok = None
-    if json_path.exists():
-        tok = data.load_tokenizer(data.read_text(json_path), config.get("vocab_size", 0))
+    tok, vocab_size = None, config.get("vocab_size", 0)
+    if (path / "tokenizer.json").exists():
+        tok = data.load_tokenizer(data.read_text(path / "tokenizer.json"), vocab_size)
+        vocab_size = 1 + max(tok.get_vocab().values())
     try:
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             path,
@@ -428,7 +409,6 @@ def hf_scorer(model_dir: str | Path, trust_remote_code: bool = False) -> Scorer:
     if lost := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         raise DelveError(f"{path}: tensor {lost[0]} is missing or has the wrong shape")
     model.eval()
-    vocab_size = config["vocab_size"] if tok is None else 1 + max(tok.get_vocab().values())
 
     def score(tokens_BT, targets_BT):
         with torch.inference_mode():
@@ -438,16 +418,13 @@ def hf_scorer(model_dir: str | Path, trust_remote_code: bool = False) -> Scorer:
             picked_BT = logits_BTV.gather(-1, targets_BT[..., None])[..., 0]
             return logits_BTV.logsumexp(-1) - picked_BT, logits_BTV.argmax(-1) == targets_BT
 
-    stored = config.get("dtype") or config.get("torch_dtype") or "float32"
-    parameters = sum(p.numel() for p in model.parameters())
-    return Scorer(
-        score,
-        vocab_size,
-        config.get("max_position_embeddings") or config.get("context_length") or WINDOW,
-        tok,
-        parameters,
-        parameters * jnp.dtype(stored).itemsize,
-    )
+    # stored once each: tied tables share their memory, and a DELVE's frozen gains are buffers
+    sizes = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}
+    parameters = sum(sizes.values())
+    itemsize = jnp.dtype(config.get("dtype") or config.get("torch_dtype") or "float32").itemsize
+    names = ("max_position_embeddings", "context_length", "n_positions")
+    context = next((config[name] for name in names if config.get(name)), WINDOW)
+    return Scorer(score, vocab_size, context, tok, parameters, parameters * itemsize)
 
 
 def evaluate_hf(
@@ -457,8 +434,15 @@ def evaluate_hf(
     return evaluate(hf_scorer(model_dir, trust_remote_code), texts, **options)
 
 
-def _is_ours(model_dir: Path) -> bool:
-    """Whether every .py file of the directory is one that this package puts into its exports."""
+def _is_ours(model_dir: Path, auto_map: dict) -> bool:
+    """Whether all code is in the directory and each .py file is one that this package exports."""
     digest = lambda path: hashlib.sha256(path.read_bytes()).digest()  # noqa: E731
     shipped = {digest(p) for p in (Path(__file__).parent / "parents" / "remote").glob("*.py")}
-    return all(digest(path) in shipped for path in model_dir.rglob("*.py"))
+    local = all(
+        isinstance(name, str) and (model_dir / f"{name.split('.')[0]}.py").is_file()
+        for name in auto_map.values()  # "org/repo--module.Class" would fetch somebody else's
+    )
+    return local and all(digest(path) in shipped for path in model_dir.rglob("*.py"))
+
+
+sys.modules[__name__].__class__ = VerbModule

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from delve_jax.config import DelveError
+from .config import DelveError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 

@@ -68,7 +68,7 @@ def report_texts():
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=3_200_000, help="training tokens per proxy")
+    parser.add_argument("--tokens", type=int, default=3_020_000, help="training tokens per proxy")
     parser.add_argument("--only", choices=PROXIES, help="train this one")
     parser.add_argument("--continue", dest="go_on", action="store_true",
                         help="start from the committed weights instead of random ones")  # fmt: skip

@@ -168,6 +168,16 @@ def test_encode_documents_joins_with_eot(bpe, monkeypatch):
     assert data.encode_documents(bpe, []).shape == (0,)
 
 
+def test_a_tokenizer_file_cannot_cut_or_fill_documents(bpe):
+    json_str = bpe.to_str()
+    other = data.load_tokenizer(json_str, 600)
+    other.enable_truncation(4)
+    other.enable_padding(length=9)
+    docs = ["a long enough text", "b"]
+    ids = data.encode_documents(data.load_tokenizer(other.to_str(), 600), docs)
+    np.testing.assert_array_equal(ids, data.encode_documents(bpe, docs))
+
+
 def test_bytes_without_a_tokenizer():
     tok = data.load_tokenizer(None, 256)
     docs = ["naïve\n", "text"]

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from delve_jax import data, evaluate, models
+import delve_jax.evaluate as evaluate
+from delve_jax import data, models
 from delve_jax.config import DelveError, MambaConfig, NeoxConfig, RwkvConfig
 
 V = 23
@@ -155,11 +156,14 @@ def test_bits_per_byte_with_a_tokenizer_counts_the_documents_bytes():
     assert result["bits_per_byte"] == pytest.approx(nll_n.sum() / math.log(2) / size, rel=1e-6)
 
 
-def test_damaged_weights_are_an_error_not_a_number():
+def test_damaged_weights_are_an_error_not_a_number(tmp_path):
     lm = byte_lm()
     lm.params["norm_f"]["bias"] = lm.params["norm_f"]["bias"].at[0].set(jnp.nan)
     with pytest.raises(DelveError, match="damaged"):
         evaluate.evaluate(lm, TEXTS)
+    path = write_task(tmp_path, [{"context": "a", "continuation": "b"}])
+    with pytest.raises(DelveError, match="damaged"):
+        evaluate.evaluate_task(lm, path)
 
 
 # ---- tasks ---------------------------------------------------------------------------------------
@@ -273,6 +277,7 @@ def test_long_contexts_are_cut_from_the_left(tmp_path):
         '{"query": "a", "choices": ["b", 3], "gold": 0}',
         '{"query": "a", "choices": ["b", "c"], "gold": "0"}',
         '{"sentence_good": "only"}',
+        '{"context": "a", "continuation": ""}',
     ],
 )
 def test_bad_task_lines_are_named(tmp_path, line):
@@ -353,5 +358,11 @@ def test_hf_refuses_damaged_and_foreign_directories(hf_dir, tmp_path):
         json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}})
     )
     (tmp_path / "evil.py").write_text("raise SystemExit('it ran')\n")
+    with pytest.raises(DelveError, match="trust_remote_code"):
+        evaluate.hf_scorer(tmp_path)
+    (tmp_path / "evil.py").unlink()  # no code here: it would come from another repository
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "org/evil--evil.Model"}})
+    )
     with pytest.raises(DelveError, match="trust_remote_code"):
         evaluate.hf_scorer(tmp_path)

@@ -89,6 +89,28 @@ def init_state(cfg: Config, batch: int, max_len: int, dtype=jnp.float32) -> dict
     return FAMILY[cfg.family].init_state(cfg, batch, max_len, dtype)
 
 
+def grow(cfg: Config, state: dict, n: int) -> dict:
+    """The state with room for `n` more tokens: full attention caches at least double (host side).
+
+    Without it a write past the end would be clamped by XLA and silently wrong.
+    """
+    if cfg.family == "delve":
+        return {name: grow(sub, state[name], n) for name, sub in cfg.streams}
+    if cfg.family != "neox":
+        return state
+    size = state["valid_BS"].shape[1]
+    more = int(state["index"]) + n - size
+    if more <= 0:
+        return state
+    more = max(more, size)
+    pad = lambda a: jnp.pad(a, ((0, 0),) * 2 + ((0, more),) + ((0, 0),) * 2)  # noqa: E731
+    return {
+        **state,
+        "layers": jax.tree.map(pad, state["layers"]),
+        "valid_BS": jnp.pad(state["valid_BS"], ((0, 0), (0, more))),
+    }
+
+
 def _init_parent(cfg: ParentConfig, key: jax.Array) -> dict:
     """Random parameters of one parent, layers stacked."""
     fam = FAMILY[cfg.family]

@@ -2,8 +2,8 @@
 
 One function each for training, prefill and one step; output and last state come back together; the
 state is float32. "sequential" is the plain reference, "chunked" runs `lax.associative_scan` inside
-checkpointed chunks of `lax.scan`, so [B,T,E,N] is never held. `DEFAULT` is the measured choice per
-platform (experiments/benchmarks/scans.py); unknown platforms take the accelerator's.
+checkpointed chunks of `lax.scan`, so [B,T,E,N] is never held, "fused" is sequential with its own
+backward pass. `DEFAULT` is the measured choice per platform (experiments/benchmarks/scans.py).
 """
 
 import functools
@@ -14,7 +14,7 @@ from jax import lax
 
 # (implementation, chunk length); the chunk also bounds what the backward pass recomputes
 DEFAULT = {
-    "cpu": {"mamba": ("sequential", 16), "wkv": ("sequential", 16)},
+    "cpu": {"mamba": ("fused", 16), "wkv": ("sequential", 16)},
     "accelerator": {"mamba": ("chunked", 64), "wkv": ("sequential", 64)},
 }
 # tokens of `wkv` per loop step: by 8, XLA:CPU runs 5 to 7 times slower and compiles 6 times longer
@@ -62,7 +62,7 @@ def selective_scan(
     """s_t = exp(dt A) s_{t-1} + dt u (x) B;  y_t = s_t C + D u  ->  (y_BTE, last state_BEN f32).
 
     `dt` after softplus, `A` = -exp(A_log). Exact (ZOH) in A, Euler in B, as in the reference code.
-    impl: "sequential", "chunked", or "associative" (one associative scan over all of T).
+    impl: "sequential", "fused", "chunked" or "associative" (one associative scan over all of T).
     """
     impl, chunk = _choice("mamba", impl, chunk)
     batch, T, e_dim = u_BTE.shape
@@ -86,6 +86,10 @@ def selective_scan(
         _, s = lax.associative_scan(combine, (a, bx), axis=0)
         return s[-1], jnp.einsum("tben,tbn->tbe", s, c_c)
 
+    if impl == "fused":
+        y_TBE, state_BNE = _fused(chunk, dt, dt * u, A_EN.T, b, c, state_BEN.swapaxes(1, 2))
+        y_BTE = y_TBE.swapaxes(0, 1) + D_E * u_BTE.astype(jnp.float32)
+        return y_BTE.astype(u_BTE.dtype), state_BNE.swapaxes(1, 2)
     if impl == "sequential":
         body = functools.partial(lax.scan, one)
     elif impl in ("chunked", "associative"):
@@ -95,6 +99,88 @@ def selective_scan(
     state_BEN, y_TBE = _over_chunks(body, state_BEN, (dt, dt * u, b, c), chunk)
     y_BTE = y_TBE.swapaxes(0, 1) + D_E * u_BTE.astype(jnp.float32)
     return y_BTE.astype(u_BTE.dtype), state_BEN
+
+
+def _pad_chunks(chunk, xs):
+    """[T, ..] -> [T/c, c, ..], padded with zeros: dt = 0 leaves the state as it is."""
+    T = jax.tree.leaves(xs)[0].shape[0]
+    fill = -T % chunk
+    return jax.tree.map(
+        lambda a: jnp.pad(a, ((0, fill),) + ((0, 0),) * (a.ndim - 1)).reshape(
+            (T + fill) // chunk, chunk, *a.shape[1:]
+        ),
+        xs,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(chunk, dt_TBE, du_TBE, A_NE, b_TBN, c_TBN, s_BNE):
+    """The sequential scan with E innermost and a hand-written backward pass -> (y_TBE, s_BNE).
+
+    Autodiff of the plain scan spends most of its time in many small reductions; here each step of
+    the backward pass is a handful of fused loops, and only one state per chunk is kept.
+    """
+    return _fused_forward(chunk, dt_TBE, du_TBE, A_NE, b_TBN, c_TBN, s_BNE)[0]
+
+
+def _fused_forward(chunk, dt_TBE, du_TBE, A_NE, b_TBN, c_TBN, s_BNE):
+    T = dt_TBE.shape[0]
+    chunk = min(chunk, T)
+
+    def one(s_BNE, x):
+        dt_BE, du_BE, b_BN, c_BN = x
+        s_BNE = jnp.exp(dt_BE[:, None] * A_NE) * s_BNE + du_BE[:, None] * b_BN[..., None]
+        return s_BNE, (s_BNE * c_BN[..., None]).sum(1)
+
+    def over_chunk(s_BNE, xs):
+        last, y = lax.scan(one, s_BNE, xs)
+        return last, (y, s_BNE)
+
+    xs = _pad_chunks(chunk, (dt_TBE, du_TBE, b_TBN, c_TBN))
+    last, (y, starts) = lax.scan(over_chunk, s_BNE, xs)
+    return (y.reshape(-1, *y.shape[2:])[:T], last), (dt_TBE, du_TBE, A_NE, b_TBN, c_TBN, starts)
+
+
+def _fused_backward(chunk, saved, grads):
+    """With lambda_t = dL/ds_t:  lambda_{t-1} = (lambda_t + dy_t c_t) exp(dt A); the rest follows."""
+    dt_TBE, du_TBE, A_NE, b_TBN, c_TBN, starts = saved
+    dy_TBE, lam_BNE = grads
+    T = dt_TBE.shape[0]
+    chunk = min(chunk, T)
+
+    def state(s_BNE, x):
+        dt_BE, du_BE, b_BN = x
+        new = jnp.exp(dt_BE[:, None] * A_NE) * s_BNE + du_BE[:, None] * b_BN[..., None]
+        return new, s_BNE
+
+    def one(carry, x):
+        lam_BNE, dA_NE = carry
+        dt_BE, du_BE, b_BN, c_BN, dy_BE, prev_BNE = x
+        a_BNE = jnp.exp(dt_BE[:, None] * A_NE)
+        s_BNE = a_BNE * prev_BNE + du_BE[:, None] * b_BN[..., None]
+        lam_BNE = lam_BNE + dy_BE[:, None] * c_BN[..., None]
+        dlog_BNE = lam_BNE * prev_BNE * a_BNE  # gradient of the exponent dt A
+        out = (
+            (dlog_BNE * A_NE).sum(1),
+            (lam_BNE * b_BN[..., None]).sum(1),
+            (lam_BNE * du_BE[:, None]).sum(2),
+            (s_BNE * dy_BE[:, None]).sum(2),
+        )
+        return (lam_BNE * a_BNE, dA_NE + (dlog_BNE * dt_BE[:, None]).sum(0)), out
+
+    def over_chunk(carry, x):
+        (dt, du, b, c, dy), start_BNE = x
+        _, prev = lax.scan(state, start_BNE, (dt, du, b))
+        return lax.scan(one, carry, (dt, du, b, c, dy, prev), reverse=True)
+
+    xs = _pad_chunks(chunk, (dt_TBE, du_TBE, b_TBN, c_TBN, dy_TBE))
+    carry = (lam_BNE, jnp.zeros_like(A_NE))
+    (lam_BNE, dA_NE), outs = lax.scan(over_chunk, carry, (xs, starts), reverse=True)
+    d_dt, d_du, d_b, d_c = (o.reshape(-1, *o.shape[2:])[:T] for o in outs)
+    return d_dt, d_du, dA_NE, d_b, d_c, lam_BNE
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
 
 
 def wkv_state(batch: int, a_dim: int) -> dict:

@@ -40,16 +40,15 @@ def as_delve(cfg: Config, params: dict) -> tuple[DelveConfig, dict]:
 
 
 def densify(cfg: DelveConfig, params: dict) -> tuple[DelveConfig, dict]:
-    """The same model with every factored map multiplied out, in the factors' dtype."""
-    from ..models.linear import materialise
+    """The same model with every factored map multiplied out (float64), in the factors' dtype."""
 
     def walk(tree):
         if not isinstance(tree, dict):
             return tree
         if "v" in tree:
-            f32 = {k: np.asarray(tree[k]).astype(np.float32) for k in ("v", "u")}
-            kernel = np.asarray(materialise(f32)).astype(tree["v"].dtype)
-            return {"kernel": kernel, **{k: a for k, a in tree.items() if k not in f32}}
+            v, u = (np.asarray(tree[side]).astype(np.float64) for side in "vu")
+            kernel = np.matmul(v, u).astype(tree["v"].dtype)
+            return {"kernel": kernel, **{k: a for k, a in tree.items() if k not in "vu"}}
         return {name: walk(sub) for name, sub in tree.items()}
 
     streams = tuple((name, dataclasses.replace(sub, ranks=())) for name, sub in cfg.streams)
@@ -234,7 +233,7 @@ def _card(cfg: Config, facts: dict) -> str:
     text.append(
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("."{trust})\n'
-        'tokenizer = AutoTokenizer.from_pretrained(".")\n```'
+        f'tokenizer = AutoTokenizer.from_pretrained("."{trust})\n```'
     )
     if remote:
         text.append(
@@ -275,18 +274,13 @@ def export_hf(
     if layout not in ("factored", "dense"):
         raise DelveError(f"--layout {layout}: must be dense or factored")
     made_of = _fingerprint(src, layout)
-    if dst.exists() and not overwrite:
-        record = read_json(dst / RECORD) if (dst / RECORD).exists() else {}
-        if record.get("made_of") == made_of:
+    if (dst / RECORD).is_file() and not overwrite:
+        record = read_json(dst / RECORD)
+        if record.pop("made_of", None) == made_of:
             return {**record, "already": True, "path": str(dst)}
-        raise DelveError(f"{dst}: exists and is not this export; pass --overwrite or another name")
-    cfg, params = checkpoint.restore(src)
-    tokenizer = src / "tokenizer.json"
-    tokenizer_json = tokenizer.read_text(encoding="utf-8") if tokenizer.exists() else None
-    partial = dst.with_name(dst.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with checkpoint.writing(dst, overwrite, fresh=True) as partial:
+        cfg, params = checkpoint.restore(src)
+        tokenizer_json = checkpoint.load_tokenizer(src)
         if cfg.family != "delve" and layout == "dense":
             from . import export_stock
 
@@ -299,11 +293,6 @@ def export_hf(
         (partial / "README.md").write_text(_card(cfg, facts), encoding="utf-8")
         facts["files"] = sorted(p.name for p in partial.iterdir())
         _write_json(partial / RECORD, {**facts, "made_of": made_of})
-        if dst.exists():
-            shutil.rmtree(dst)
-        partial.rename(dst)
-    except OSError as err:
-        raise DelveError(f"{dst}: cannot be written ({err})") from None
     return {**facts, "path": str(dst)}
 
 
@@ -320,7 +309,6 @@ def _check(partial: Path, dst: Path, cfg: Config, params: dict, layout: str, ver
     rounded = layout == "dense" and dtype != "float32" and any(sub.ranks for sub in subs)
     tolerance = ROUNDED if rounded else TOLERANCE
     if found is not None and not found[0] <= tolerance * found[1]:
-        shutil.rmtree(partial, ignore_errors=True)
         raise DelveError(
             f"{dst}: not written: the exported model's logits differ from the checkpoint's by "
             f"{found[0]:.2e} (allowed: {tolerance * found[1]:.2e}); please report this"

@@ -23,7 +23,7 @@ from .. import checkpoint, parallel
 from ..config import DelveError, ParentConfig, read_json
 from . import mamba, neox, rwkv
 from .io import SAFE_NAMES, SHARD_BYTES, Source, weight_files, write_safetensors
-from .rows import Fields, Row
+from .rows import Fields, Row, copy
 
 FAMILIES = {"mamba": mamba, "rwkv": rwkv, "neox": neox}
 MODEL_TYPES = {module.MODEL_TYPE: name for name, module in FAMILIES.items()}
@@ -168,7 +168,7 @@ def _reader(source: Source, row: Row, n_layers: int, dtype: np.dtype) -> Callabl
     def fill(out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
         piece = source.read(name, row.theirs_index(index))
         with np.errstate(over="ignore"):
-            np.copyto(out, row.to_ours(piece), casting="unsafe")
+            copy(out, row.to_ours(piece))
         if not np.isfinite(out).all():
             file = source.tensors[name].file
             if not np.isfinite(piece).all():
@@ -254,6 +254,19 @@ def _warn_rescaled(cfg: ParentConfig, params: dict, path: Path) -> None:
     )
 
 
+def _layer(x, i: int) -> np.ndarray:
+    """Layer i of a stacked array on the host; on CPU devices without a copy or a compilation."""
+    shards = getattr(x, "addressable_shards", ())
+    if not shards or shards[0].device.platform != "cpu" or shards[0].data.shape[0] != x.shape[0]:
+        return np.asarray(x[i])
+    if shards[0].data.shape == x.shape:
+        return np.asarray(shards[0].data)[i]
+    out = np.empty(x.shape[1:], x.dtype)
+    for shard in shards:
+        out[shard.index[1:]] = np.asarray(shard.data)[i]
+    return out
+
+
 def _get(tree: dict, path: str):
     for part in path.split("/"):
         tree = tree[part]
@@ -323,7 +336,7 @@ def export_stock(
     def tensor(name: str) -> np.ndarray:
         row, i = owner[name]
         base, last = row.path.rsplit("/", 1)
-        node, pick = _get(params, base), (lambda x: np.asarray(x[i] if row.stacked else x))
+        node, pick = _get(params, base), (lambda x: _layer(x, i) if row.stacked else np.asarray(x))
         if last in node:
             return row.to_theirs(pick(node[last]))
         rank = cfg.rank(base.removeprefix("layers/"))[i]

@@ -339,7 +339,7 @@ class Expert(nn.Module):
     def __init__(self, cfg, first):
         super().__init__()
         self.cfg = cfg
-        d, rows, family, eps = cfg["d_model"], cfg["vocab_size"], cfg["family"], cfg["norm_eps"]
+        d, rows, family, eps = cfg["d_model"], cfg["vocab_rows"], cfg["family"], cfg["norm_eps"]
         rank = {name: (cfg["ranks"].get(name) or [None])[0] for name in ("embed", "head")}
         self.embed = (
             LowRankTable(rows, d, rank["embed"]) if rank["embed"] else nn.Embedding(rows, d)
@@ -364,11 +364,14 @@ class Expert(nn.Module):
         return (self.ln0(x) if self.cfg["family"] == "rwkv" else x).float()
 
     def logits(self, f):
-        """float32 logits of this stream alone."""
+        """float32 logits of this stream alone, over the valid ids of its table."""
         if not self.cfg["tie_embeddings"]:
-            return self.head(f).float()
-        tied = isinstance(self.embed, LowRankTable)
-        return (self.embed.logits(f) if tied else F.linear(f, self.embed.weight)).float()
+            out = self.head(f)
+        elif isinstance(self.embed, LowRankTable):
+            out = self.embed.logits(f)
+        else:
+            out = F.linear(f, self.embed.weight)
+        return out[..., : self.cfg["vocab_size"]].float()
 
     def angles(self, position_ids):
         """cos, sin [B, 1, T, r] of the rotary dims; None for families without them."""

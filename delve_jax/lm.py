@@ -1,0 +1,134 @@
+"""`load(src)` -> LM: config, parameters, tokenizer, and the four things one does with them.
+
+>>> lm = load("org/name@revision")        # or a directory, a checkpoint, an RWKV .pth
+>>> lm.logits(tokens_BT)                  # float32 [B, T, V]
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from . import models
+from .config import Config, DelveError
+
+PAD_TO = 32  # prompts are left-padded to multiples of this, so few lengths are compiled
+
+
+class LM:
+    """A loaded model. `params` is a nested dict of jax.Array, `tokenizer` may be None."""
+
+    def __init__(self, config: Config, params: dict, tokenizer=None):
+        self.config, self.params, self.tokenizer = config, params, tokenizer
+        self._forward = jax.jit(functools.partial(models.forward, config))
+        self._decode = jax.jit(functools.partial(_decode, config), static_argnames=("n", "sample"))
+
+    def logits(self, tokens_BT, mask_BT=None) -> jax.Array:
+        """float32 logits [B, T, V] over the valid ids; log-probabilities of a DELVE with J > 1.
+
+        mask_BT: True on real tokens of a LEFT-padded batch. DelveError: ids out of range.
+        """
+        tokens_BT = self._checked(tokens_BT)
+        mask_BT = _checked_mask(mask_BT, tokens_BT)
+        return self._forward(self.params, tokens_BT, None, mask_BT)[0]
+
+    def init_state(self, batch: int, max_len: int = 256) -> dict:
+        """An empty state; attention caches of `max_len` tokens that `step` grows when full."""
+        return models.init_state(self.config, batch, max_len)
+
+    def step(self, tokens_BT, state: dict, mask_BT=None) -> tuple[jax.Array, dict]:
+        """Continue a state by T >= 1 tokens -> (logits [B, T, V], new state)."""
+        tokens_BT = self._checked(tokens_BT)
+        state = models.grow(self.config, state, tokens_BT.shape[1])
+        return self._forward(self.params, tokens_BT, state, _checked_mask(mask_BT, tokens_BT))
+
+    def generate(
+        self,
+        tokens_BT,
+        max_new_tokens: int = 32,
+        mask_BT=None,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> jax.Array:
+        """Prompt and `max_new_tokens` new ids, [B, T + n]: greedy, or sampled at a temperature.
+
+        Cached and compiled: one prefill, then one loop on the device.
+        """
+        tokens_BT = self._checked(tokens_BT)
+        if max_new_tokens < 1:
+            raise DelveError(f"max_new_tokens {max_new_tokens}: must be at least 1")
+        b, T = tokens_BT.shape
+        pad = -T % PAD_TO
+        mask_BT = _checked_mask(mask_BT, tokens_BT)
+        if pad or mask_BT is not None:
+            mask_BT = jnp.ones((b, T), bool) if mask_BT is None else mask_BT
+            mask_BT = jnp.pad(mask_BT, ((0, 0), (pad, 0)))
+        padded_BT = jnp.pad(tokens_BT, ((0, 0), (pad, 0)))
+        state = models.init_state(self.config, b, T + pad + max_new_tokens)
+        new = self._decode(
+            self.params, padded_BT, mask_BT, state, jax.random.key(seed),
+            jnp.float32(temperature or 1.0), n=max_new_tokens, sample=temperature > 0,
+        )  # fmt: skip
+        return jnp.concatenate([tokens_BT, new], axis=1)
+
+    def _checked(self, tokens_BT) -> jax.Array:
+        tokens = np.asarray(tokens_BT)
+        if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or not tokens.size:
+            raise DelveError(f"tokens: integer ids [B, T] expected, got {tokens.dtype} "
+                             f"{list(tokens.shape)}")  # fmt: skip
+        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+            bad = tokens.min() if tokens.min() < 0 else tokens.max()
+            raise DelveError(f"tokens: id {bad} is outside 0..{self.config.vocab_size - 1}")
+        return jnp.asarray(tokens, jnp.int32)
+
+
+def _checked_mask(mask_BT, tokens_BT):
+    """The mask as booleans; only left padding is defined for recurrent streams."""
+    if mask_BT is None:
+        return None
+    mask = np.asarray(mask_BT).astype(bool)
+    if mask.shape != tokens_BT.shape:
+        raise DelveError(f"mask: shape {list(mask.shape)} is not that of tokens")
+    if (mask[:, :-1] & ~mask[:, 1:]).any():
+        raise DelveError("mask: a padded position follows a real one; pad batches on the left")
+    return None if mask.all() else jnp.asarray(mask)
+
+
+def _decode(cfg, params, tokens_BT, mask_BT, state, key, temperature, *, n, sample):
+    """Prefill, then n - 1 single steps in one compiled loop -> new ids [B, n]."""
+
+    def pick(logits_BV, key):
+        if sample:
+            return jax.random.categorical(key, logits_BV / temperature).astype(jnp.int32)
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+    logits, state = models.forward(cfg, params, tokens_BT, state, mask_BT)
+    keys = jax.random.split(key, n)
+    first = pick(logits[:, -1], keys[0])
+
+    def one(carry, key):
+        token_B, state = carry
+        logits, state = models.forward(cfg, params, token_B[:, None], state)
+        token_B = pick(logits[:, -1], key)
+        return (token_B, state), token_B
+
+    _, rest = lax.scan(one, (first, state), keys[1:])
+    return jnp.concatenate([first[None], rest]).T
+
+
+def load(src, dtype: str | None = "float32", mesh=None) -> LM:
+    """Load a Hugging Face directory, hub id (`id@revision`), RWKV .pth or checkpoint directory.
+
+    dtype: of the parameters in memory (None: as stored); mesh: from `parallel.make_mesh`.
+    DelveError where the source is damaged or of an unknown architecture.
+    """
+    from . import data, parents
+
+    cfg, params, tokenizer_json = parents.load(src, dtype=dtype, mesh=mesh)
+    known = tokenizer_json is not None or cfg.vocab_size == 256
+    return LM(cfg, params, data.load_tokenizer(tokenizer_json, cfg.vocab_size) if known else None)
