@@ -7,9 +7,9 @@ import importlib
 import types
 
 _WHERE = {"load": "lm", "LM": "lm", "DelveError": "config"} | dict.fromkeys(
-    ("convert", "heal", "export", "generate", "info", "upcycle"), "road"
+    ("convert", "heal", "export", "generate", "info"), "road"
 )
-_VERB_MODULES = ("compress", "fuse", "evaluate")
+_VERB_MODULES = {"compress": "road", "fuse": "road", "evaluate": "road", "upcycle": "upcycle"}
 __all__ = [*_WHERE, *_VERB_MODULES]
 __version__ = "0.1.0"
 
@@ -23,11 +23,12 @@ def __getattr__(name):
 
 
 class VerbModule(types.ModuleType):
-    """A module that has a verb's name (compress, fuse, evaluate) and can be called as that verb.
+    """A module that has a verb's name (`_VERB_MODULES`) and can be called as that verb.
 
     Importing a submodule puts it in the place of the function, so the module answers for it.
     """
 
     def __call__(self, *args, **kwargs):
-        road = importlib.import_module("delve_jax.road")
-        return getattr(road, self.__name__.rpartition(".")[2])(*args, **kwargs)
+        verb = self.__name__.rpartition(".")[2]
+        where = importlib.import_module(f"{__name__}.{_VERB_MODULES[verb]}")
+        return getattr(where, verb)(*args, **kwargs)

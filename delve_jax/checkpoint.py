@@ -35,15 +35,25 @@ def _checkpointer(limit_bytes: int = 10**9) -> ocp.Checkpointer:
 @contextlib.contextmanager
 def _quiet():
     """Orbax logs a traceback per failed thread; the one line of our DelveError says it all."""
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda info: None
-    try:
-        yield
-    finally:
+    loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda i: None if "loop is closed" in str(i.exc_value) else hook(i)
+    yield  # after an error all stays: reads still under way end later, on a loop that is gone
+    for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
-        sys.unraisablehook = hook
+    sys.unraisablehook = hook
+
+
+def _replaced(dst: Path) -> Path:
+    return dst.with_name(f".{dst.name}.replaced")
+
+
+def _mend(dst: Path) -> None:
+    """A kill between the two renames of `writing` left the old DST aside: put it back."""
+    if dst.name and not dst.exists() and _replaced(dst).is_dir():
+        _replaced(dst).rename(dst)
 
 
 @contextlib.contextmanager
@@ -54,9 +64,8 @@ def writing(dst: str | Path, overwrite: bool = False, fresh: bool = False):
     and steps, which stay). DelveError: DST is taken, or the disk refuses.
     """
     dst = Path(dst)
-    partial, old = dst.with_name(dst.name + ".partial"), dst.with_name(f".{dst.name}.replaced")
-    if old.exists() and not dst.exists():
-        old.rename(dst)  # killed between the two renames below
+    partial, old = dst.with_name(dst.name + ".partial"), _replaced(dst)
+    _mend(dst)
     if dst.exists() and not overwrite and (dst.is_file() or any(dst.iterdir())):
         raise DelveError(f"{dst}: exists, give another name or --overwrite")
     try:
@@ -90,7 +99,8 @@ def _save_tree(path: Path, tree) -> None:
         for left in [path, *path.parent.glob(path.name + ".orbax-checkpoint-tmp*")]:
             shutil.rmtree(left, ignore_errors=True)
         reason = "no space left on the device" if "space" in str(err) else _one_line(err)
-        raise DelveError(f"{path.parent}: cannot be written ({reason})") from None
+        dst = str(path.parent).removesuffix(".partial")
+        raise DelveError(f"{dst}: cannot be written ({reason})") from None
 
 
 def _restore_tree(path: Path, abstract):
@@ -150,6 +160,7 @@ def save(
 def load_config(src: str | Path) -> Config:
     """The config of a checkpoint directory."""
     src = Path(src)
+    _mend(src)
     if not src.is_dir():
         raise DelveError(f"{src}: no such checkpoint directory")
     return from_json(read_json(src / "config.json"), str(src / "config.json"))
@@ -180,6 +191,16 @@ def restore(src: str | Path, mesh=None, dtype: str | None = None) -> tuple[Confi
     cast = lambda x: jax.numpy.dtype(dtype) if dtype else x.dtype  # noqa: E731
     tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, cast(x)), tree)
     return cfg, _restore_tree(path, _placed(tree, mesh))
+
+
+def restore_part(src: str | Path, name: str):
+    """One top-level subtree of the parameters (the pool of a DELVE, say) without the rest."""
+    path = Path(src) / "params"
+    tree = {name: _placed(_read_abstract(path)[name], None)}
+    with _quiet(), _checkpointer() as orbax:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
+        args = ocp.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=True)
+        return orbax.restore(path.absolute(), args=args)[name]
 
 
 def _placed(tree, mesh):

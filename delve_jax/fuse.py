@@ -128,9 +128,7 @@ def fit_weights(
         ([f[i : i + ROWS] for f in features], jnp.asarray(targets_N[i : i + ROWS]))
         for i in range(0, len(targets_N), ROWS)
     ]
-    log_p_KN = np.concatenate(
-        [np.asarray(own(heads, f, y), np.float64) for f, y in chunks], axis=1
-    )
+    log_p_KN = np.concatenate([np.asarray(own(heads, f, y), np.float64) for f, y in chunks], axis=1)
     alone = -log_p_KN.mean(axis=1)
     if mixture:
         weights, value = _em(log_p_KN)

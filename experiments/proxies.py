@@ -30,9 +30,7 @@ SHARED = dict(vocab_size=VOCAB, vocab_rows=VOCAB, d_model=D, context_length=CONT
 SHARED |= dict(dtype="float16")
 # depth 6/3/3/3 and equal width mirror the real tiers (48/24/24 at equal width)
 PROXIES = {
-    "mamba": MambaConfig(
-        **SHARED, n_layers=6, d_inner=2 * D, dt_rank=D // 16, tie_embeddings=True
-    ),
+    "mamba": MambaConfig(**SHARED, n_layers=6, d_inner=2 * D, dt_rank=D // 16, tie_embeddings=True),
     "rwkv": RwkvConfig(**SHARED, n_layers=3, d_att=D, d_ffn=3 * D),
     "neox": NeoxConfig(**SHARED, n_layers=3, n_heads=4, d_ffn=4 * D, rotary_pct=0.25),
     "incite": NeoxConfig(
@@ -67,7 +65,9 @@ def report_texts():
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=3_020_000, help="training tokens per proxy")
     parser.add_argument("--only", choices=PROXIES, help="train this one")
     parser.add_argument("--continue", dest="go_on", action="store_true",
@@ -149,16 +149,17 @@ tags: [delve-jax, proxy]
 ---
 # {row["name"]}: a proxy parent of delve-jax
 
-A {row["family"]} language model of {row["parameters"]:,} parameters, trained with this project's own
-code so that tests, studies and the quickstart have parents that are really trained. Not a model to
+A {row["family"]} language model of {row["parameters"]:,} parameters, trained with this project
+so that tests, studies and the quickstart have parents that are really trained. Not a model to
 use for anything else.
 
 - Data: train split (sha256(document)[0] % 64 < 58) of the shared development text,
   {row["train_data"]["bytes"]:,} bytes, hash `{row["train_data"]["data_hash"][:16]}`; public
   documentation, prose, code and mathematics (see the sources' own licences).
-- Tokens: {row["tokens"]:,}, windows of {CONTEXT}, seed {row["seed"]}, byte-level BPE of {VOCAB:,} entries
-  learned on the same split.
-- Report split: {score["bits_per_byte"]:.4f} bits per byte, {score["nll_per_token"]:.4f} nats per token
+- Tokens: {row["tokens"]:,}, windows of {CONTEXT}, seed {row["seed"]}, byte-level BPE of {VOCAB:,}
+  entries learned on the same split.
+- Report split: {score["bits_per_byte"]:.4f} bits per byte,
+  {score["nll_per_token"]:.4f} nats a token
   ({score["tokens"]:,} tokens, {score["bytes"]:,} bytes).
 - Training loss by tokens: {curve}.
 - Command: `{row["command"].strip()}` ({row["train_seconds"]} s on 2 shared CPU cores).

@@ -1,41 +1,45 @@
 """Every test: JAX on the CPU, matmuls in full float32, compiled programs cached between runs.
 
 Set before jax is imported anywhere. Tests that need several devices start their own process.
+LLVM's optimisation is off: the models are tiny, and compiling them takes three times as long with.
 """
 
 import os
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "delve_jax" / "jax-tests"
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # the environment, so that tests' own processes inherit it
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "xla_backend_optimization_level" not in (flags := os.environ.get("XLA_FLAGS", "")):
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
 
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from delve_jax import models  # noqa: E402
-
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "delve_jax" / "jax-tests"
-
-jax.config.update("jax_default_matmul_precision", "highest")
-jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @pytest.fixture(scope="session")
 def randomised():
     """(cfg, seed) -> parameters with nothing left at its initial value; logits vary by units."""
 
-    def fill(path, leaf, key):
+    def fill(path, shape, r):
         *above, name = (k.key for k in path)
-        normal, shape = jax.random.normal(key, leaf.shape), leaf.shape
+        normal = r.normal(size=shape)
         if name in ("kernel", "v", "u", "a", "b", "w1", "w2") and len(shape) > 1:
             if above[-1] == "embed":
                 return normal
             return normal / shape[-2] ** 0.5 * (3 if above[-1] == "head" else 1)
         if name == "time_decay":
-            return jax.random.uniform(key, shape, minval=-5.0, maxval=1.0)
+            return r.uniform(-5, 1, size=shape)
         if name.startswith("mix_"):
-            return jax.random.uniform(key, shape)
+            return r.uniform(size=shape)
         if name in ("scale", "g", "sigma"):
             return 1 + 0.2 * normal
         if name == "bias":
@@ -43,8 +47,10 @@ def randomised():
         return 0.5 * normal
 
     def make(cfg, seed):
-        leaves, tree = jax.tree.flatten_with_path(models.abstract_params(cfg))
-        keys = jax.random.split(jax.random.key(seed), len(leaves))
-        return tree.unflatten(fill(p, leaf, k) for (p, leaf), k in zip(leaves, keys, strict=True))
+        r = np.random.default_rng(seed)  # not jax.random: that compiles once for every shape
+        return jax.tree.map_with_path(
+            lambda path, leaf: jnp.asarray(fill(path, leaf.shape, r), jnp.float32),
+            models.abstract_params(cfg),
+        )
 
     return make

@@ -17,6 +17,10 @@ import numpy as np  # noqa: E402
 from delve_jax import checkpoint, parallel, parents  # noqa: E402
 from delve_jax.parents.io import Source, weight_files  # noqa: E402
 
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "delve_jax" / "jax-tests"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # dozens of tiny slices
+
 
 def parts(tree) -> int:
     """The most pieces that any array is really split into."""

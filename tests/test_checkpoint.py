@@ -17,15 +17,23 @@ from jax.sharding import PartitionSpec as P
 from delve_jax import checkpoint, models, parallel
 from delve_jax.config import DelveError, MambaConfig, NeoxConfig
 
+# reads that a damaged file cuts short end on a closed event loop
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 CFG = MambaConfig(
     vocab_size=37, vocab_rows=40, d_model=16, n_layers=3, d_inner=32, d_state=4, dt_rank=2,
     ranks=(("in_proj", (2, 5, 3)),), hf_config='{"a": "ü"}',
 )  # fmt: skip
 
 
+def random_params(seed: int) -> dict:
+    rng, tree = np.random.default_rng(seed), models.abstract_params(CFG)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), tree)
+
+
 @pytest.fixture(scope="module")
 def params():
-    return models.init_params(CFG, jax.random.key(0))
+    return random_params(0)
 
 
 def same(a, b) -> bool:
@@ -37,15 +45,16 @@ def same(a, b) -> bool:
 
 def run(code: str, *argv) -> subprocess.CompletedProcess:
     """Run a script that has CFG, params and the modules, in a process of its own."""
-    head = """
-        import errno, os, resource, signal, sys
-        sys.path[:0] = [%r, %r]
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    head = f"""
+        import os, resource, signal, sys
+        sys.path[:0] = {paths}
         import jax
         from delve_jax import checkpoint, models
         from delve_jax.config import DelveError
-        from test_checkpoint import CFG
-        params = models.init_params(CFG, jax.random.key(1))
-        """ % (str(Path(__file__).parents[1]), str(Path(__file__).parent))
+        from test_checkpoint import CFG, random_params
+        params = random_params(1)
+        """
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(head) + textwrap.dedent(code), *map(str, argv)],
         capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
@@ -166,7 +175,7 @@ def test_training_state_steps(tmp_path, params):
     state = {"params": params, "opt": optimizer.init(params)}
     assert checkpoint.latest_step(tmp_path / "state") is None
     for step in (3, 20, 100):
-        state["opt"] = jax.tree.map(lambda x: x + step, state["opt"])
+        state["opt"] = jax.tree.map(lambda x, step=step: x + step, state["opt"])
         checkpoint.save_step(tmp_path / "state", step, state)
     assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["00000020", "00000100"]
     (tmp_path / "state" / "00000200.partial").mkdir()  # a kill while step 200 was written

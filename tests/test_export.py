@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from delve_jax import checkpoint, models
+from delve_jax import checkpoint, models, parallel
 from delve_jax.config import DelveConfig, DelveError, MambaConfig, NeoxConfig, RwkvConfig
 from delve_jax.parents import export
 
@@ -25,7 +25,7 @@ RAW = ("A_log", "D", "time_decay", "time_first", "dt_proj/bias", "sigma", "scale
 
 def mamba(**kw):
     sizes = {"d_inner": 48, "d_state": 4, "d_conv": 4, "dt_rank": 3, "use_bias": True}
-    return MambaConfig(V, V, 24, 6, tie_embeddings=True, context_length=128, **(sizes | kw))
+    return MambaConfig(V, V, 24, 6, context_length=128, **sizes, **kw)
 
 
 def rwkv(**kw):
@@ -48,7 +48,7 @@ def three():
         "neox": (("att/qkv", (8, 9, 8)), ("mlp/up", (9, 9, 9)), ("embed", (7,))),
     }
     streams = (
-        ("first", mamba(ranks=ranks["mamba"])),
+        ("first", mamba(tie_embeddings=True, ranks=ranks["mamba"])),
         ("second", rwkv(ranks=ranks["rwkv"])),
         ("third", neox(ranks=ranks["neox"], rotary_pct=1.0, parallel_residual=False)),
     )
@@ -84,7 +84,8 @@ def random_params(cfg, seed=0):
         gain = 2.5 if "mlp" in name else 1  # so that a tanh GELU would show
         return gain * noise / max(leaf.shape[-2], 1) ** 0.5
 
-    params = jax.tree_util.tree_map_with_path(draw, models.init_params(cfg, jax.random.key(seed)))
+    initial = jax.jit(models.init_params, static_argnums=0)(cfg, jax.random.key(seed))
+    params = jax.tree_util.tree_map_with_path(draw, initial)
     for name, sub in cfg.streams if cfg.family == "delve" else [(None, cfg)]:
         tree = params if name is None else params["streams"][name]
         for map_name, ranks in sub.ranks:
@@ -120,11 +121,11 @@ def torch_model(folder):
     return AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
 
 
-def make(folder, cfg, layout):
-    params = random_params(cfg)
+def make(folder, cfg, layout, seed):
+    params = random_params(cfg, seed)
     checkpoint.save(folder / "checkpoint", cfg, params, tiny_tokenizer())
     facts = export.export_hf(folder / "checkpoint", folder / "hf", layout)
-    run = jax.jit(lambda t, m: models.forward(cfg, params, t, None, m)[0])
+    run = jax.jit(lambda p, t, m: models.forward(cfg, p, t, None, m)[0])
     return {
         "cfg": cfg,
         "params": params,
@@ -132,21 +133,26 @@ def make(folder, cfg, layout):
         "checkpoint": folder / "checkpoint",
         "hf": folder / "hf",
         "torch": torch_model(folder / "hf"),
-        "jax": run,
+        "jax": lambda t, m: run(params, t, m),
     }
-
-
-@pytest.fixture(
-    scope="module", params=[("three", "factored"), ("two", "dense")], ids=lambda p: p[0]
-)
-def case(request, tmp_path_factory):
-    kind, layout = request.param
-    return make(tmp_path_factory.mktemp(kind), three() if kind == "three" else two(), layout)
 
 
 @pytest.fixture(scope="module")
 def factored(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("one"), three(), "factored")
+    return make(
+        tmp_path_factory.mktemp("three"), three(), "factored", 0
+    )  # seeds whose greedy text wanders
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("two"), two(), "dense", 8)
+
+
+@pytest.fixture(params=["factored", "dense"])
+def case(request):
+    """Three streams, J = 1, exported factored; two streams, J = K, exported dense."""
+    return request.getfixturevalue(request.param)
 
 
 def batch(length=12, pads=(0, 3, 7)):
@@ -278,6 +284,13 @@ def test_way_back_is_exact(factored):
     assert cfg == factored["cfg"] and tokenizer == tiny_tokenizer()
     assert jax.tree.structure(params) == jax.tree.structure(factored["params"])
     jax.tree.map(np.testing.assert_array_equal, params, factored["params"])
+    mesh = parallel.make_mesh()
+    half_cfg, half, _ = export.read_exported_delve(factored["hf"], "bfloat16", mesh)
+    assert half_cfg == dataclasses.replace(cfg, dtype="bfloat16")
+    leaf = half["streams"]["first"]["layers"]["in_proj"]["u"]
+    assert leaf.sharding.mesh == mesh and leaf.dtype == jnp.bfloat16
+    expected = factored["params"]["streams"]["first"]["layers"]["in_proj"]["u"]
+    np.testing.assert_array_equal(leaf, expected.astype(jnp.bfloat16))
 
 
 def test_sixteen_bit_way_back_is_exact_and_in_shards(tmp_path, monkeypatch):
@@ -290,12 +303,27 @@ def test_sixteen_bit_way_back_is_exact_and_in_shards(tmp_path, monkeypatch):
     assert facts["parameters"] == models.count(cfg) and facts["dtype"] == "bfloat16"
     _, back, _ = export.read_exported_delve(tmp_path / "hf")
     jax.tree.map(np.testing.assert_array_equal, back, params)
+    # products of factors are rounded to 16 bits: compared all the same, less closely
+    dense = export.export_hf(tmp_path / "c", tmp_path / "dense", "dense")
+    assert dense["verified"] and dense["max_abs_diff"] > facts["max_abs_diff"]
+
+
+def test_one_compressed_parent_leaves_dense_as_a_stock_directory(tmp_path):
+    from transformers import RwkvForCausalLM
+
+    cfg = rwkv(ranks=(("att/output", (7, 8, 8)), ("embed", (9,))))
+    checkpoint.save(tmp_path / "c", cfg, random_params(cfg), tiny_tokenizer())
+    facts = export.export_hf(tmp_path / "c", tmp_path / "hf")
+    assert facts["verified"] and facts["layout"] == "dense" and facts["model_type"] == "rwkv"
+    assert facts["parameters"] == models.count(dataclasses.replace(cfg, ranks=()))
+    assert not list((tmp_path / "hf").glob("*.py"))
+    assert RwkvForCausalLM.from_pretrained(tmp_path / "hf").num_parameters() == facts["parameters"]
 
 
 @pytest.mark.parametrize("family", ["mamba", "rwkv"])
 def test_one_parent_leaves_factored_as_a_delve_of_one_stream(tmp_path, family):
     cfg = {
-        "mamba": mamba(ranks=(("in_proj", (7, 8, 8, 7, 8, 6)),)),
+        "mamba": mamba(tie_embeddings=True, ranks=(("in_proj", (7, 8, 8, 7, 8, 6)),)),
         "rwkv": rwkv(ranks=(("att/output", (7, 8, 8)),)),
     }[family]
     checkpoint.save(tmp_path / "c", cfg, random_params(cfg))

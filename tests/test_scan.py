@@ -14,7 +14,7 @@ import pytest
 from delve_jax.models.scan import NEG, selective_scan, wkv
 
 B, E, N, A = 2, 5, 3, 6
-MAMBA = [("sequential", 8), ("chunked", 8), ("associative", 8)]
+MAMBA = [("sequential", 8), ("fused", 8), ("chunked", 8), ("associative", 8)]
 WKV = [("sequential", 8), ("chunked", 8)]
 LENGTHS = [1, 8, 20]  # one token, one whole chunk, two chunks and a remainder
 

@@ -196,7 +196,7 @@ def _tables(cfg: ParentConfig, params: dict, plan: Plan, gram, p_V) -> dict:
         elif cfg.tie_embeddings:
             fits[name] = vocab.factor_tied(kernel, gram, p_V, rank)
         else:
-            fits[name] = vocab.factor_embed(kernel, p_V, rank, normed="ln0" in params)
+            fits[name] = vocab.factor_embed(kernel, p_V, rank)
     return fits
 
 

@@ -99,7 +99,7 @@ def allocate(body: list[Map], tables: list[Map], total: int, budget: int) -> Pla
     body = [m for m in body if m.max_rank]
     tables = [m for m in tables if m.max_rank]
     everything = [*tables, *body]
-    least = total - sum(m.layers * (m.dense - m.step) for m in everything)
+    least = _least(everything, total)
     if budget < least:
         smallest = math.ceil(least / total * 1e4) / 1e4
         raise DelveError(
@@ -120,6 +120,16 @@ def allocate(body: list[Map], tables: list[Map], total: int, budget: int) -> Pla
     spent = fixed + sum(_cost(m, ranks[m.name]) for m in maps)
     out = {m.name: tuple(r) for m in maps if (r := ranks[m.name]) is not None}
     return Plan(out, spent, total, budget, rho, "dense" if dense_tables else "factored")
+
+
+def smallest(cfg: ParentConfig) -> int:
+    """Parameters with rank 1 everywhere: the least that a parent can be compressed to."""
+    body, tables, total = parent_maps(cfg)
+    return _least([*tables, *body], total)
+
+
+def _least(maps: list[Map], total: int) -> int:
+    return total - sum(m.layers * (m.dense - m.step) for m in maps if m.max_rank)
 
 
 def _cost(m: Map, ranks: list[int] | None) -> int:

@@ -6,6 +6,8 @@ the first the low-rank hub is the only thing that crosses streams. Pooled head: 
 absent at step 0, so the model starts as the pool of its parents.
 """
 
+import operator
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -69,24 +71,19 @@ def features(cfg: DelveConfig, params: dict, tokens_BT, state=None, mask_BT=None
     if S > 1 and all(sub.n_layers % S == 0 for _, sub in cfg.streams):
         split = lambda a: a.reshape(S, a.shape[0] // S, *a.shape[1:])  # noqa: E731
         # a zero hub before superblock 0 adds exactly nothing and keeps one body for the scan
-        hubs = jax.tree.map(
-            lambda a: jnp.concatenate([jnp.zeros_like(a[:1]), a]), params["hub"]
-        )
+        hubs = jax.tree.map(lambda a: jnp.concatenate([jnp.zeros_like(a[:1]), a]), params["hub"])
         slots = (hubs, jax.tree.map(split, layers), jax.tree.map(split, caches))
         h, caches = lax.scan(superblock, h, slots)
         caches = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), caches)
     else:
         parts = []
         for s in range(S):
-            cut = {
-                n: jax.tree.map(lambda a, n=n: a[bounds[n][s] : bounds[n][s + 1]],
-                                (layers[n], caches[n]))
-                for n in cfg.names
-            }  # fmt: skip
-            hub_p = jax.tree.map(lambda a: a[s - 1], params["hub"]) if s else None
-            h, part = superblock(
-                h, (hub_p, {n: c[0] for n, c in cut.items()}, {n: c[1] for n, c in cut.items()})
+            hub_p = jax.tree.map(operator.itemgetter(s - 1), params["hub"]) if s else None
+            layers_s, caches_s = (
+                {n: _rows(tree[n], *bounds[n][s : s + 2]) for n in cfg.names}
+                for tree in (layers, caches)
             )
+            h, part = superblock(h, (hub_p, layers_s, caches_s))
             parts.append(part)
         caches = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
 
@@ -94,6 +91,11 @@ def features(cfg: DelveConfig, params: dict, tokens_BT, state=None, mask_BT=None
     if state is None:
         return f, None
     return f, {n: {"layers": caches[n], **book[n]} for n in cfg.names}
+
+
+def _rows(tree, start: int, stop: int):
+    """Layers start..stop-1 of a stacked tree."""
+    return jax.tree.map(lambda a: a[start:stop], tree)
 
 
 def gate(cfg: DelveConfig, p: dict, f: dict) -> jax.Array:
@@ -158,7 +160,5 @@ def init_joints(cfg: DelveConfig, key: jax.Array) -> dict:
 def init_params(cfg: DelveConfig, key: jax.Array) -> dict:
     """Random parents and neutral joints."""
     k_joint, *keys = jax.random.split(key, len(cfg.streams) + 1)
-    streams = {
-        n: models.init_params(sub, k) for (n, sub), k in zip(cfg.streams, keys, strict=True)
-    }
+    streams = {n: models.init_params(sub, k) for (n, sub), k in zip(cfg.streams, keys, strict=True)}
     return {"streams": streams, **init_joints(cfg, k_joint)}

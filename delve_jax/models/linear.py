@@ -75,9 +75,11 @@ class Linear(nn.Module):
         if self.is_mutable_collection("moments") and not self.is_initializing():
             for name, value in moments(x, y).items():
                 self.variable("moments", name, lambda: None).value = value
-        return y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(
-            x.dtype
-        ) if self.use_bias else y
+        return (
+            y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+            if self.use_bias
+            else y
+        )
 
 
 class Table(nn.Module):

@@ -1,4 +1,4 @@
-"""GPT-NeoX (arXiv 2204.06745): rotary attention and exact-GELU MLP, parallel or sequential residual.
+"""GPT-NeoX (arXiv 2204.06745): rotary attention, exact-GELU MLP, parallel or sequential residual.
 
 parallel (Pythia): x <- x + attn(ln1 x) + mlp(ln2 x);  sequential (INCITE): one after the other.
 State: k, v [L,B,S,H,h] caches, `index` tokens written, `pos_B` next position of each row and

@@ -41,9 +41,7 @@ def _over_chunks(step, carry, xs, chunk):
     chunk, outs = min(chunk, T), []
     n_full = T // chunk
     if n_full:
-        full = jax.tree.map(
-            lambda a: a[: n_full * chunk].reshape(n_full, chunk, *a.shape[1:]), xs
-        )
+        full = jax.tree.map(lambda a: a[: n_full * chunk].reshape(n_full, chunk, *a.shape[1:]), xs)
         if n_full == 1:
             carry, ys = step(carry, jax.tree.map(lambda a: a[0], full))
         else:
@@ -142,7 +140,7 @@ def _fused_forward(chunk, dt_TBE, du_TBE, A_NE, b_TBN, c_TBN, s_BNE):
 
 
 def _fused_backward(chunk, saved, grads):
-    """With lambda_t = dL/ds_t:  lambda_{t-1} = (lambda_t + dy_t c_t) exp(dt A); the rest follows."""
+    """lambda_t = dL/ds_t obeys lambda_{t-1} = (lambda_t + dy_t c_t) exp(dt A); the rest follows."""
     dt_TBE, du_TBE, A_NE, b_TBN, c_TBN, starts = saved
     dy_TBE, lam_BNE = grads
     T = dt_TBE.shape[0]

@@ -13,13 +13,13 @@ from .. import checkpoint
 from ..config import DelveError, read_json
 from .stock import describe, export_stock, family_of, load_stock
 
-__all__ = ["commit", "describe", "detect", "export_stock", "load", "resolve"]
+__all__ = ["commit", "describe", "detect", "export_stock", "load", "peek", "resolve"]
 
 _HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _KEEP = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 _FORMATS = (  # in order of preference
-    ("model.safetensors", r"model-\d+-of-\d+\.safetensors|model\.safetensors(\.index\.json)?"),
-    ("pytorch_model.bin", r"pytorch_model-\d+-of-\d+\.bin|pytorch_model\.bin(\.index\.json)?"),
+    r"model-\d+-of-\d+\.safetensors|model\.safetensors(\.index\.json)?",
+    r"pytorch_model-\d+-of-\d+\.bin|pytorch_model\.bin(\.index\.json)?",
 )
 
 
@@ -37,38 +37,27 @@ def resolve(src: str | Path) -> Path:
 
 
 def _fetch(src: str, repo: str, revision: str | None) -> Path:
+    """The snapshot of a hub repository; without network, the one that the cache holds."""
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError
 
+    fetch, pinned = huggingface_hub.snapshot_download, {"revision": revision}
     try:
         try:
-            names = huggingface_hub.HfApi().list_repo_files(repo, revision=revision)
+            names = huggingface_hub.HfApi().list_repo_files(repo, **pinned)
         except HfHubHTTPError:  # the hub answered: no such repository, revision or permission
             raise
-        except (OSError, OfflineModeIsEnabled, RuntimeError):  # no network: what the cache holds
-            snapshot = huggingface_hub.snapshot_download(
-                repo, revision=revision, local_files_only=True
-            )
-            return Path(snapshot)
-        weights = next(
-            ([n for n in names if re.fullmatch(p, n)] for _, p in _FORMATS
-             if any(re.fullmatch(p, n) for n in names)), []
-        )  # fmt: skip
-        if not weights:
-            raise DelveError(
-                f"{src}: the repository has no model*.safetensors, no pytorch_model*.bin"
-            )
-        snapshot = huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=[*_KEEP, *weights]
-        )
-        return Path(snapshot)
-    except DelveError:
-        raise
-    except (HFValidationError, HfHubHTTPError, OSError, RuntimeError, ValueError) as err:
+        except Exception:  # no network, in one of many types
+            return Path(fetch(repo, local_files_only=True, **pinned))
+        for pattern in _FORMATS:
+            if weights := [n for n in names if re.fullmatch(pattern, n)]:
+                return Path(fetch(repo, allow_patterns=[*_KEEP, *weights], **pinned))
+    except Exception as err:
         reason = " ".join(str(err).split())[:160]
         raise DelveError(
             f"{src}: no such directory, and the hub does not give it ({reason})"
         ) from None
+    raise DelveError(f"{src}: no model*.safetensors and no pytorch_model*.bin in the repository")
 
 
 def commit(path: str | Path) -> str | None:
@@ -90,6 +79,16 @@ def detect(src: str | Path) -> str:
     return family_of(raw, str(path / "config.json"))
 
 
+def peek(src: str | Path):
+    """(cfg, tokenizer_json or None) of any source; weights are checked for shape but not read."""
+    kind, path = detect(src), resolve(src)
+    if kind == "checkpoint":
+        return checkpoint.load_config(path), checkpoint.load_tokenizer(path)
+    if kind == "delve":
+        raise DelveError(f"{src}: is an exported DELVE, not a parent; `delve convert` reads it")
+    return describe(path)[1:]
+
+
 def load(src: str | Path, dtype: str | None = None, mesh=None):
     """Read any source into (cfg, params, tokenizer_json or None).
 
@@ -97,7 +96,8 @@ def load(src: str | Path, dtype: str | None = None, mesh=None):
     (`parallel.shardings`), None for the first device. Raises DelveError for anything that does
     not fit: files, names, shapes, NaN.
     """
-    kind, path = detect(src), resolve(src)
+    path = resolve(src)
+    kind = detect(path)
     if kind == "checkpoint":
         cfg, params = checkpoint.restore(path, mesh, dtype)
         return cfg, params, checkpoint.load_tokenizer(path)

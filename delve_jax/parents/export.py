@@ -24,6 +24,7 @@ __all__ = ["densify", "export_hf", "read_exported_delve", "verify_hf", "write_to
 REMOTE = Path(__file__).parent / "remote"
 RECORD = "delve_export.json"  # what was exported from where; makes a repeated command a no-op
 SHARD_BYTES = 4 << 30
+SMALL = 20_000_000
 TOLERANCE = 1e-4  # of max |logit|, float32 on both sides
 ROUNDED = 3e-2  # the same where products of factors were rounded to a 16-bit dtype
 
@@ -192,8 +193,14 @@ def verify_hf(folder: Path, cfg: Config, params: dict, rows: int = 2, length: in
         folder, dtype=torch.float32, local_files_only=True, **extra
     ).eval()
     tokens_BT = np.random.default_rng(0).integers(0, cfg.vocab_size, (rows, length))
-    with torch.no_grad():
-        theirs = model(torch.from_numpy(tokens_BT), use_cache=False).logits.float().numpy()
+    threads = torch.get_num_threads()
+    if model.num_parameters() < SMALL:  # on busy cores threads cost such a model 25x its time
+        torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            theirs = model(torch.from_numpy(tokens_BT), use_cache=False).logits.float().numpy()
+    finally:
+        torch.set_num_threads(threads)
     with jax.default_matmul_precision("highest"):
         run = jax.jit(lambda p, t: models.forward(cfg, p, t)[0])
         ours = np.asarray(run(params, tokens_BT.astype(np.int32)))
@@ -237,9 +244,12 @@ def _card(cfg: Config, facts: dict) -> str:
     )
     if remote:
         text.append(
-            "Batches are padded on the left. LoRA: `target_modules` names the inner maps of a "
-            'factored linear, `["u", "v"]` (the linears are low-rank already; keep the LoRA rank '
-            "small). Assisted generation and static caches are not supported."
+            "Batches are padded on the left. Assisted generation and static caches do not work."
+        )
+    if remote and facts["layout"] == "factored":
+        text.append(
+            "LoRA: `target_modules` names the inner maps of the factored linears, "
+            '`["u", "v"]` (they are low-rank already: keep the LoRA rank small).'
         )
     text.append(f"Check: {check}.")
     return "\n\n".join(text) + "\n"

@@ -57,9 +57,7 @@ def stock(cfg: MambaConfig) -> dict:
         "hidden_size": cfg.d_model,
         "num_hidden_layers": cfg.n_layers,
         "intermediate_size": cfg.d_inner,
-        "expand": cfg.d_inner / cfg.d_model
-        if cfg.d_inner % cfg.d_model
-        else cfg.d_inner // cfg.d_model,
+        "expand": max(1, cfg.d_inner // cfg.d_model),  # intermediate_size wins
         "state_size": cfg.d_state,
         "conv_kernel": cfg.d_conv,
         "time_step_rank": cfg.dt_rank,

@@ -5,6 +5,7 @@ Torch weights are (out, in), ours [in, out]; small tensors also lose their axes 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,7 +97,7 @@ class Fields:
             value = default
         if value is None:
             raise DelveError(f"{self.where}: field '{name}' is missing")
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        number = type(value) in (int, float) and math.isfinite(value)
         good = {int: number and value == int(value) and value > 0, float: number}
         if not good.get(kind, isinstance(value, kind)):
             raise DelveError(

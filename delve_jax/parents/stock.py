@@ -62,9 +62,9 @@ def tokenizer_size(text: str, where: str) -> int:
 def _same(source: Source, one: str, other: str) -> bool:
     """Whether two stored matrices are bit for bit the same, compared in blocks of rows."""
     a, b = source.tensors[one], source.tensors[other]
-    if a.shape != b.shape or a.dtype != b.dtype or a.dtype is None:
+    if a.shape != b.shape or a.dtype != b.dtype or a.dtype is None or len(a.shape) != 2:
         return False
-    step = max(1, 64 * 2**20 // (a.shape[1] * a.dtype.itemsize))
+    step = max(1, 64 * 2**20 // max(1, a.shape[1] * a.dtype.itemsize))
     for start in range(0, a.shape[0], step):
         index = (slice(start, start + step), slice(None))
         if source.read(one, index).tobytes() != source.read(other, index).tobytes():

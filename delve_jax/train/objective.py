@@ -62,5 +62,3 @@ def healing(cfg, teachers: tuple = (), kl_weight: float = 0.5):
         return (1 - kl_weight) * nll + kl_weight * divergence, {"nll": nll, "kl": divergence}
 
     return loss
-
-

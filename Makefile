@@ -1,0 +1,26 @@
+# `make quickstart` and `make test` do all of their own set-up in .venv; only Python >= 3.11 is needed.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+BIN = .venv/bin
+
+.PHONY: quickstart test lint clean
+
+# the stamp is newer than the requirements once they are installed
+.venv/.ready: requirements.txt requirements-dev.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
+quickstart: .venv/.ready
+	$(BIN)/python experiments/quickstart.py $(ARGS)
+
+test: .venv/.ready
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv out

@@ -1,0 +1,235 @@
+"""`delve upcycle`: the whole road, from parents to an exported, scored DELVE.
+
+DIR/parents/NAME (compressed), DIR/fused (step 0), DIR/checkpoint (healed), DIR/hf (export),
+DIR/report.json and report.png. Text has three roles that never overlap: calibrate (compression and
+pool weights), data (healing), report (the numbers shown).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from . import VerbModule, data, fuse, lm, parents, road
+from . import compress as compression
+from . import evaluate as evaluation
+from .compress.allocate import smallest
+from .config import DelveError, read_json
+from .metrics import versions
+
+PROXIES = Path(__file__).parent / "proxies"
+PROMPT = "def "
+
+
+def embedded_parents() -> list[str]:
+    """The proxy parents that come with the package."""
+    found = [str(p) for p in sorted(PROXIES.glob("*")) if (p / "config.json").exists()]
+    if not found:
+        raise DelveError(f"{PROXIES}: no embedded parents; name some with --parents")
+    return found
+
+
+def roles(
+    texts: Sequence[str], calibrate: Sequence[str], report: Sequence[str]
+) -> dict[str, list[str]]:
+    """Documents per role. A role without its own files gets its split of --data (or the stdlib).
+
+    DelveError: a role is left without text, or report text is also trained or fitted on.
+    """
+    base = road.texts_of(texts) if texts else data.stdlib_documents()
+    own = {"train": [], "calibrate": road.texts_of(calibrate), "report": road.texts_of(report)}
+    split_base = not (texts and calibrate and report)
+    out = {
+        role: own[role] or (data.split(base, role) if split_base or role != "train" else base)
+        for role in own
+    }
+    flags = {"train": "--data", "calibrate": "--calibrate", "report": "--report-text"}
+    for role, documents in out.items():
+        if not documents:
+            raise DelveError(
+                f"{flags[role]}: no document of the text falls into the {role} split; give "
+                f"{flags[role]} files of its own"
+            )
+    seen = set(out["train"]) | set(out["calibrate"])
+    if shared := sum(document in seen for document in out["report"]):
+        raise DelveError(
+            f"--report-text: {shared} of its documents are also trained or calibrated on; give "
+            "text that is used for nothing else"
+        )
+    return out
+
+
+def budgets(configs: list, keep: float) -> list[int]:
+    """Parameters that each compressed parent may have, so that hub, gate and pool fit in as well.
+
+    The same keep ratio for every parent. DelveError names the smallest possible --keep.
+    """
+    if not 0 < keep <= 1:
+        raise DelveError(f"--keep {keep}: must lie in (0, 1], the kept share of all parameters")
+    counts = [road.valid_count(cfg) for _, cfg in configs]
+    joints = fuse.joints_count(fuse.joint_config(configs))
+    least = max(smallest(cfg) / n for (_, cfg), n in zip(configs, counts, strict=True))
+    ratio = keep - joints / sum(counts)
+    if ratio < least:
+        raise DelveError(
+            f"--keep {keep}: rank 1 everywhere needs more; the smallest possible --keep for these "
+            f"parents is {np.ceil((least + joints / sum(counts)) * 1e4) / 1e4:.4f}"
+        )
+    return [int(ratio * n) for n in counts]
+
+
+def score(name: str, model: lm.LM, texts: Sequence[str]) -> dict:
+    """One row of the report."""
+    result = evaluation.evaluate(model, texts, stride=_stride(model.config))
+    keys = ("parameters", "parameter_bytes", "nll_per_token", "bits_per_byte", "tokens_per_second")
+    row = {"name": name, **{k: result[k] for k in keys}, "tokens": result["tokens"]}
+    row["parameters"] = road.valid_count(model.config)
+    return row
+
+
+def _stride(cfg) -> int:
+    """Three quarters of a window: every token has a quarter of context at the least."""
+    return max(1, min(cfg.context_length, evaluation.WINDOW) * 3 // 4)
+
+
+def cut_documents(documents: Sequence[str], size: int) -> list[str]:
+    """Whole documents, evenly drawn from the list, until they hold `size` bytes (at least one)."""
+    order = np.random.default_rng(0).permutation(len(documents))
+    out, total = [], 0
+    for i in order:
+        if total >= size:
+            break
+        out.append(documents[i])
+        total += len(documents[i].encode())
+    return out
+
+
+def upcycle(
+    sources: Sequence[str] = (),
+    out: str | Path = "out/delve",
+    *,
+    keep: float = 0.5,
+    method: str = "delve",
+    heal_tokens: int | None = None,
+    text: Sequence[str] = (),
+    calibrate: Sequence[str] = (),
+    report_text: Sequence[str] = (),
+    calibrate_tokens: int = 65536,
+    report_bytes: int = 120_000,
+    batch: int = 8,
+    lr: float = 2e-3,
+    latents: int = 1,
+    save_every: int = 200,
+    mesh: str | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> dict:
+    """Parents -> compressed -> fused -> healed -> exported -> report; resumes when repeated.
+
+    keep: all parameters of the DELVE (hub, gate, tables included) over the parents' sum, counted
+    at valid vocabulary rows. heal_tokens: default 200,000; 0 stops after fusion.
+    """
+    heal_tokens = 200_000 if heal_tokens is None else heal_tokens
+    sources = [str(s) for s in (sources or embedded_parents())]
+    command = {"verb": "upcycle", "parents": sources, "keep": keep, "method": method,
+               "heal_tokens": heal_tokens, "data": list(map(str, text)),
+               "calibrate": list(map(str, calibrate)), "report_text": list(map(str, report_text)),
+               "calibrate_tokens": calibrate_tokens, "report_bytes": report_bytes, "batch": batch,
+               "lr": lr, "latents": latents, "mesh": mesh, "seed": seed}  # fmt: skip
+    out = Path(out)
+    if heal_tokens < 0:
+        raise DelveError(f"--heal-tokens {heal_tokens}: must be 0 (no healing) or more")
+    if method not in compression.METHODS:
+        raise DelveError(f"--method {method}: available are {', '.join(compression.METHODS)}")
+    if road.begin(out, command, overwrite):
+        return {**read_json(out / "report.json"), "already": True}
+    work = out.with_name(out.name + ".partial")
+    texts = roles(text, calibrate, report_text)
+    texts["report"] = cut_documents(texts["report"], report_bytes)
+    rows = _rows_file(work)
+
+    known = [parents.peek(src) for src in sources]  # configs and tokenizers, no weights yet
+    road.same_tokenizer([(src, tok) for src, (_, tok) in zip(sources, known, strict=True)])
+    if known[0][1] is None and known[0][0].vocab_size != 256:
+        raise DelveError(f"{sources[0]}: has no tokenizer.json; upcycle needs one to read text")
+    names = _unique([road.name_of(s) for s in sources])
+    allowed = budgets([(n, cfg) for n, (cfg, _) in zip(names, known, strict=True)], keep)
+    for name, src, budget in zip(names, sources, allowed, strict=True):
+        _say(f"compress {name} to {budget:,} parameters")
+        road.compress(
+            src, work / "parents" / name, budget=budget, method=method,
+            documents=texts["calibrate"], calibrate_tokens=calibrate_tokens, seed=seed,
+        )  # fmt: skip
+    _say("fuse")
+    road.fuse(
+        [work / "parents" / n for n in names], work / "fused", documents=texts["calibrate"],
+        calibrate_tokens=calibrate_tokens // 2, latents=latents, seed=seed,
+    )  # fmt: skip
+    if heal_tokens:
+        _say(f"heal for {heal_tokens:,} tokens")
+        road.heal(
+            work / "fused", work / "checkpoint", documents=texts["train"], tokens=heal_tokens,
+            batch=batch, lr=lr, mesh=mesh, seed=seed, save_every=save_every,
+        )  # fmt: skip
+    elif not (work / "checkpoint").exists():
+        shutil.copytree(work / "fused", work / "checkpoint")
+    _say("export")
+    exported = road.export(work / "checkpoint", work / "hf", overwrite=(work / "hf").exists())
+
+    stages = [(n, src) for n, src in zip(names, sources, strict=True)]
+    stages += [(f"{n} compressed", work / "parents" / n) for n in names]
+    stages += [("DELVE at step 0", work / "fused")]
+    stages += [("DELVE healed", work / "checkpoint")] if heal_tokens else []
+    for label, src in stages:
+        if label not in rows:
+            _say(f"evaluate {label}")
+            model = lm.load(src)
+            rows[label] = score(label, model, texts["report"])
+            _rows_file(work, rows)
+    final = lm.load(work / "checkpoint")
+    sample = road.generate(final, PROMPT, max_new_tokens=64)
+    report = {
+        "rows": list(rows.values()),
+        "keep": rows[stages[-1][0]]["parameters"] / sum(rows[n]["parameters"] for n in names),
+        "pool": road.info(work / "checkpoint")["pool"],
+        "export": {k: exported[k] for k in ("verified", "max_abs_diff", "max_abs_logit")},
+        "sample": sample["prompt"] + sample["text"],
+        "seeds": {"seed": seed},
+        "command": command,
+        "versions": versions(),
+        "data_hash": {role: data.data_hash(docs) for role, docs in texts.items()},
+    }
+    (work / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (work / "rows.json").unlink(missing_ok=True)
+    from .report import picture
+
+    picture(report, work / "report.png")
+    if out.exists():
+        shutil.rmtree(out)
+    work.rename(out)
+    return report
+
+
+def _rows_file(work: Path, rows: dict | None = None) -> dict:
+    """Scores so far, kept beside the work so that a repeated command does not score again."""
+    path = work / "rows.json"
+    if rows is not None:
+        path.write_text(json.dumps(rows))
+        return rows
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _unique(names: list[str]) -> list[str]:
+    return [f"{n}-{names[:i].count(n) + 1}" if n in names[:i] else n for i, n in enumerate(names)]
+
+
+def _say(line: str) -> None:
+    print(f"[upcycle] {line}", file=sys.stderr, flush=True)
+
+
+sys.modules[__name__].__class__ = VerbModule

@@ -1,0 +1,144 @@
+"""Pool weights: convex fits against scipy, the step-0 guarantee, the fused model's exactness."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+
+from delve_jax import DelveError, models
+from delve_jax.config import MambaConfig, NeoxConfig, RwkvConfig
+from delve_jax.fuse import _em, fit_weights, fuse, joint_config, joints_count
+from delve_jax.models import delve
+
+V = 61
+SHARED = dict(vocab_size=V, vocab_rows=V, context_length=32)
+PARENTS = {
+    "m": MambaConfig(**SHARED, d_model=16, n_layers=4, d_inner=32, dt_rank=2, tie_embeddings=True),
+    "r": RwkvConfig(**SHARED, d_model=16, n_layers=2, d_att=16, d_ffn=24),
+    "x": NeoxConfig(**SHARED, d_model=24, n_layers=2, n_heads=2, d_ffn=32, rotary_pct=0.5),
+}
+
+
+@pytest.fixture(scope="module")
+def parts(randomised):
+    return [(n, c, randomised(c, seed)) for seed, (n, c) in enumerate(PARENTS.items())]
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    """Text that the parents find unequally likely: sampled from the first parent's favourites."""
+    return np.random.default_rng(0).integers(0, V, (12, 24)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def log_p(parts, tokens):
+    """Each parent's log-probabilities [K, n, V] and the targets, straight from `forward`."""
+    out = [
+        np.asarray(jax.nn.log_softmax(models.forward(c, p, tokens[:, :-1])[0]), np.float64)
+        for _, c, p in parts
+    ]
+    return np.stack(out).reshape(3, -1, V), tokens[:, 1:].reshape(-1)
+
+
+def pooled_nll(log_p, targets, a):
+    z = np.einsum("k,knv->nv", a, log_p)
+    z -= np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True)) + z.max(
+        -1, keepdims=True
+    )
+    return -z[np.arange(len(targets)), targets].mean()
+
+
+def test_loglinear_weights_are_the_convex_optimum(parts, tokens, log_p):
+    w, report = fit_weights([c for _, c, _ in parts], [p for _, _, p in parts], tokens)
+    best = minimize(
+        lambda a: pooled_nll(*log_p, a), np.full(3, 1 / 3), bounds=[(0, None)] * 3,
+        method="L-BFGS-B", options={"ftol": 1e-12},
+    )  # fmt: skip
+    assert (w >= 0).all()
+    assert report["nll"] == pytest.approx(pooled_nll(*log_p, w), abs=1e-5)
+    assert report["nll"] <= best.fun + 1e-5
+    one_hot = [pooled_nll(*log_p, row) for row in np.eye(3)]
+    np.testing.assert_allclose(report["nll_parents"], one_hot, atol=1e-5)
+    assert report["nll"] <= min(one_hot) + 1e-9
+
+
+def test_mixture_weights_are_the_convex_optimum(parts, tokens, log_p):
+    w, report = fit_weights(
+        [c for _, c, _ in parts], [p for _, _, p in parts], tokens, mixture=True
+    )
+    p = np.exp(log_p[0][:, np.arange(len(log_p[1])), log_p[1]])
+    best = minimize(
+        lambda z: -np.log(np.exp(z - z.max()) / np.exp(z - z.max()).sum() @ p).mean(),
+        np.zeros(3), method="BFGS",
+    )  # fmt: skip
+    assert w.sum() == pytest.approx(1) and (w >= 0).all()
+    assert report["nll"] == pytest.approx(best.fun, abs=1e-4)
+
+
+def test_em_finds_the_generating_weights():
+    rng = np.random.default_rng(1)
+    sources = rng.dirichlet(np.ones(8) * 0.3, size=2)
+    truth = np.array([0.8, 0.2])
+    draws = rng.choice(8, 40_000, p=truth @ sources)
+    w, _ = _em(np.log(sources[:, draws]))
+    np.testing.assert_allclose(w, truth, atol=0.03)
+
+
+@pytest.mark.parametrize("latents", [1, 3])
+def test_step_zero_is_the_pool_of_its_parents(parts, tokens, log_p, latents):
+    cfg, params, report = fuse(parts, tokens, latents=latents)
+    logits, _ = jax.jit(lambda p, t: models.forward(cfg, p, t))(params, tokens[:, :-1])
+    got = np.asarray(jax.nn.log_softmax(logits), np.float64).reshape(-1, V)
+    w = np.array(report["weights"])
+    if latents == 1:
+        z = np.einsum("k,knv->nv", w, log_p[0])
+        want = z - np.logaddexp.reduce(z, axis=-1, keepdims=True)
+    else:
+        w = np.maximum(w, 1e-6) / np.maximum(w, 1e-6).sum()
+        want = np.logaddexp.reduce(log_p[0] + np.log(w)[:, None, None], axis=0)
+    assert np.abs(got - want).max() <= (2e-5 if latents == 1 else 1e-5)
+
+
+def test_hub_scale_is_the_stream_rms_at_the_sync_point(parts, tokens):
+    cfg, params, _ = fuse(parts, tokens)
+    assert cfg.n_superblocks == 2
+    name, sub, p = parts[1]
+    x = models.embed_tokens(sub, p, tokens[:8])
+    first = jax.tree.map(lambda a: a[0], p["layers"])
+    x = models.block_apply(sub, first, x)
+    want = float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
+    assert float(params["hub"][name]["sigma"][0]) == pytest.approx(want, rel=1e-4)
+
+
+def test_count_of_joints_and_equal_weights_without_text(parts):
+    cfg, params, report = fuse(parts)
+    np.testing.assert_allclose(params["pool"]["a"], 1 / 3, rtol=1e-6)
+    assert report == {"fitted": False}
+    stored = sum(a.size for n in ("pool", "hub", "gate") for a in jax.tree.leaves(params[n]))
+    assert joints_count(cfg) == stored
+
+
+@pytest.mark.parametrize(
+    "depths, expected", [((6, 3, 3), 3), ((6, 4), 2), ((48, 24, 24), 8), ((48, 24, 24, 16), 8),
+                         ((5, 3), 3), ((1, 4), 1)],
+)  # fmt: skip
+def test_superblocks(depths, expected):
+    S = delve.choose_superblocks(list(depths))
+    assert S == expected
+    for depth in depths:
+        bounds = delve.boundaries(depth, S)
+        assert bounds[0] == 0 and bounds[-1] == depth
+        assert all(a < b for a, b in zip(bounds, bounds[1:], strict=False))
+
+
+def test_bad_parents(parts):
+    (n, c, p), other = parts[0], parts[1]
+    odd = dataclasses.replace(other[1], vocab_size=V - 1, vocab_rows=V - 1)
+    with pytest.raises(DelveError, match="different vocabularies"):
+        joint_config([(n, c), ("r", odd)])
+    with pytest.raises(DelveError, match="same name"):
+        joint_config([(n, c), (n, c)])
+    with pytest.raises(DelveError, match="latents"):
+        joint_config([(n, c), ("r", other[1])], latents=3)
