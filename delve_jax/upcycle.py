@@ -83,18 +83,12 @@ def budgets(configs: list, keep: float) -> list[int]:
     return [int(ratio * n) for n in counts]
 
 
-def score(name: str, model: lm.LM, texts: Sequence[str]) -> dict:
-    """One row of the report."""
-    result = evaluation.evaluate(model, texts, stride=_stride(model.config))
-    keys = ("parameters", "parameter_bytes", "nll_per_token", "bits_per_byte", "tokens_per_second")
-    row = {"name": name, **{k: result[k] for k in keys}, "tokens": result["tokens"]}
-    row["parameters"] = road.valid_count(model.config)
-    return row
-
-
-def _stride(cfg) -> int:
-    """Three quarters of a window: every token has a quarter of context at the least."""
-    return max(1, min(cfg.context_length, evaluation.WINDOW) * 3 // 4)
+def score(name: str, model: lm.LM, texts: Sequence[str], window: int) -> dict:
+    """One row of the report. Windows overlap by a quarter: the least context of any token."""
+    result = evaluation.evaluate(model, texts, window=window, stride=max(1, window * 3 // 4))
+    keys = ("parameter_bytes", "nll_per_token", "bits_per_byte", "tokens_per_second", "tokens")
+    row = {"name": name, "parameters": road.valid_count(model.config)}
+    return row | {k: result[k] for k in keys}
 
 
 def cut_documents(documents: Sequence[str], size: int) -> list[str]:
@@ -181,6 +175,8 @@ def upcycle(
     _say("export")
     exported = road.export(work / "checkpoint", work / "hf", overwrite=(work / "hf").exists())
 
+    # one window for every row, whatever each parent could read
+    window = min(evaluation.WINDOW, *(cfg.context_length for cfg, _ in known))
     stages = [(n, src) for n, src in zip(names, sources, strict=True)]
     stages += [(f"{n} compressed", work / "parents" / n) for n in names]
     stages += [("DELVE at step 0", work / "fused")]
@@ -189,7 +185,7 @@ def upcycle(
         if label not in rows:
             _say(f"evaluate {label}")
             model = lm.load(src)
-            rows[label] = score(label, model, texts["report"])
+            rows[label] = score(label, model, texts["report"], window)
             _rows_file(work, rows)
     final = lm.load(work / "checkpoint")
     sample = road.generate(final, PROMPT, max_new_tokens=64)
@@ -202,6 +198,7 @@ def upcycle(
         "seeds": {"seed": seed},
         "command": command,
         "versions": versions(),
+        "window": window,
         "data_hash": {role: data.data_hash(docs) for role, docs in texts.items()},
     }
     (work / "report.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -13,7 +13,7 @@ import optax
 
 from .. import checkpoint, parallel
 from ..config import DelveError
-from ..metrics import MetricsLog, progress, versions
+from ..metrics import MetricsLog, progress
 
 
 def make_step(loss_fn, optimizer, mesh, state, frozen):
@@ -88,8 +88,6 @@ def fit(
     ):
         log.rewind(start)
         bar.update(start)
-        if start == 0:
-            log.log(0, versions=versions())
         last_time, last_step, pending = time.perf_counter(), start, None
         for i in range(start, steps):
             tokens = np.asarray(dataset[i], np.int32)
