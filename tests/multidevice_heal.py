@@ -44,9 +44,15 @@ def main():
             work = Path(folder) / spec
             out.append(
                 fit(
-                    params, objective.healing(CFG, (teacher,)), data.batches(windows, 8, 0),
-                    optim.adamw(optim.wsd(1e-3, 3)), steps=3, workdir=work, frozen=frozen,
-                    mesh=mesh, log_every=1,
+                    params,
+                    objective.healing(CFG, (teacher,)),
+                    data.batches(windows, 8, 0),
+                    optim.adamw(optim.wsd(1e-3, 3)),
+                    steps=3,
+                    workdir=work,
+                    frozen=frozen,
+                    mesh=mesh,
+                    log_every=1,
                 )  # fmt: skip
             )
             logs.append([m["loss"] for m in read_metrics(work / "metrics.jsonl")])

@@ -134,7 +134,7 @@ def test_superblocks(depths, expected):
 
 
 def test_bad_parents(parts):
-    (n, c, p), other = parts[0], parts[1]
+    (n, c, _), other = parts[0], parts[1]
     odd = dataclasses.replace(other[1], vocab_size=V - 1, vocab_rows=V - 1)
     with pytest.raises(DelveError, match="different vocabularies"):
         joint_config([(n, c), ("r", odd)])

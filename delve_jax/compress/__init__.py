@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from .. import VerbModule
 from ..config import DelveError, ParentConfig
 from . import factorize, moments, vocab
 from .allocate import Map, Plan, allocate, budget_of, parent_maps
@@ -236,3 +237,6 @@ def _rebuild(params: dict, out: dict) -> dict:
 
     top = {name: walk(sub, name) for name, sub in params.items() if name != "layers"}
     return {**top, "layers": walk(params["layers"], "")}
+
+
+sys.modules[__name__].__class__ = VerbModule

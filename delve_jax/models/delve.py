@@ -122,7 +122,7 @@ def stream_logits(cfg: DelveConfig, params: dict, f: dict) -> list[jax.Array]:
 def forward(cfg: DelveConfig, params: dict, tokens_BT, state=None, mask_BT=None, remat=False):
     """-> (logits_BTV, state); see `models.forward`."""
     f, state = features(cfg, params, tokens_BT, state, mask_BT, remat)
-    delta_BTK = gate(cfg, params["gate"], f)
+    delta_BTK = gate(cfg, params["gate"], f) if cfg.gate_proj else jnp.zeros(len(cfg.names))
     return pool_logits(cfg, params["pool"], delta_BTK, stream_logits(cfg, params, f)), state
 
 
@@ -135,14 +135,13 @@ def init_joints(cfg: DelveConfig, key: jax.Array) -> dict:
     pool = {"a": jnp.full((k,), 1 / k)} if cfg.latents == 1 else {"log_pi": jnp.zeros((k,))}
     keys = iter(jax.random.split(key, 2 * k + 1))
     normal = lambda shape, fan: jax.random.normal(next(keys), shape) / fan**0.5  # noqa: E731
-    out = {
-        "pool": pool,
-        "gate": {
+    out = {"pool": pool}
+    if cfg.gate_proj:
+        out["gate"] = {
             "p": {n: normal((s.d_model, cfg.gate_proj), s.d_model) for n, s in cfg.streams},
             "w1": normal((k * cfg.gate_proj, cfg.gate_hidden), k * cfg.gate_proj),
             "w2": jnp.zeros((cfg.gate_hidden, k)),
-        },
-    }
+        }
     S, r = cfg.n_superblocks, cfg.hub_rank
     if S > 1:
         out["hub"] = {

@@ -66,7 +66,7 @@ def _same(source: Source, one: str, other: str) -> bool:
         return False
     step = max(1, 64 * 2**20 // max(1, a.shape[1] * a.dtype.itemsize))
     for start in range(0, a.shape[0], step):
-        index = (slice(start, start + step), slice(None))
+        index = (slice(start, min(start + step, a.shape[0])), slice(None))
         if source.read(one, index).tobytes() != source.read(other, index).tobytes():
             return False
     return True

@@ -1,0 +1,156 @@
+"""Which way of running the two recurrences is fastest here? (sets models/scan.py DEFAULT)
+
+python experiments/benchmarks/scans.py [--repeats 5] [--out experiments/results/scans_cpu.json]
+Not yet run.
+"""
+
+import argparse
+import functools
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+
+from delve_jax.models import scan
+
+MIB = 2**20
+# the proxies' training step, one wide layer, one long text
+SHAPES = {
+    "mamba": [(16, 256, 256, 16), (2, 1024, 1024, 16), (1, 2048, 512, 16)],  # B, T, E, N
+    "wkv": [(16, 256, 128), (2, 1024, 1024), (1, 2048, 512)],  # B, T, A
+}
+# implementation, chunk, unroll
+WAYS = {
+    "mamba": [
+        ("sequential", 16, 1), ("sequential", 64, 1), ("fused", 8, 1), ("fused", 16, 1),
+        ("fused", 64, 1), ("chunked", 16, 1), ("chunked", 64, 1), ("associative", 0, 1),
+    ],
+    "wkv": [
+        ("sequential", 16, 1), ("sequential", 64, 1), ("sequential", 16, 8), ("chunked", 16, 1),
+        ("chunked", 64, 1),
+    ],
+}  # fmt: skip
+
+
+def inputs(name, shape):
+    """Random inputs in the range that trained models use."""
+    r = np.random.default_rng(0)
+    normal = lambda *s: r.normal(size=s)  # noqa: E731
+    if name == "mamba":
+        B, T, E, N = shape
+        dt = np.exp(r.uniform(-7, -2, size=(B, T, E)))
+        A = -np.tile(np.arange(1.0, N + 1), (E, 1))
+        args = (normal(B, T, E), dt, A, normal(B, T, N), normal(B, T, N), normal(E))
+    else:
+        B, T, A = shape
+        args = (normal(B, T, A), normal(B, T, A), -np.exp(r.uniform(-5, 1, size=A)), normal(A))
+    return tuple(jnp.asarray(a, jnp.float32) for a in args)
+
+
+def compiled(name, way, args, gradient):
+    """The compiled program, how long that took [s], and its scratch memory [MiB]."""
+    impl, chunk, unroll = way
+    run = functools.partial(
+        scan.selective_scan if name == "mamba" else scan.wkv, impl=impl, chunk=chunk or None
+    )
+    loss = lambda *a: jnp.sum(jnp.sin(run(*a)[0]))  # noqa: E731
+    fn = jax.grad(loss, argnums=tuple(range(len(args)))) if gradient else lambda *a: run(*a)[0]
+    where, before = scan._platform(), dict(scan.UNROLL)
+    scan.UNROLL[where] = unroll
+    start = time.perf_counter()
+    program = jax.jit(fn).lower(*args).compile()
+    seconds = time.perf_counter() - start
+    scan.UNROLL.update(before)
+    return program, seconds, program.memory_analysis().temp_size_in_bytes / MIB
+
+
+def measure(name, shape, repeats):
+    """One row per way; the ways take turns, so that a busy machine slows all of them alike."""
+    args = inputs(name, shape)
+    rows = [
+        {"recurrence": name, "shape": shape, "impl": i, "chunk": c, "unroll": u}
+        for i, c, u in WAYS[name]
+    ]
+    for kind in ("forward", "gradient"):
+        programs = []
+        for row, way in zip(rows, WAYS[name], strict=True):
+            program, row[f"{kind}_compile_s"], row[f"{kind}_temp_mib"] = compiled(
+                name, way, args, kind == "gradient"
+            )
+            jax.block_until_ready(program(*args))
+            programs.append(program)
+        times = [[] for _ in rows]
+        for _ in range(repeats):
+            for program, seen in zip(programs, times, strict=True):
+                start = time.perf_counter()
+                jax.block_until_ready(program(*args))
+                seen.append(1e3 * (time.perf_counter() - start))
+        for row, seen in zip(rows, times, strict=True):
+            row[f"{kind}_ms"] = statistics.median(seen)
+            row[f"{kind}_ms_all"] = [round(t, 3) for t in seen]
+    return rows
+
+
+def table(rows):
+    """The rows as text; `x` is the gradient's time over the fastest one's of the same shape."""
+    best = {}
+    for row in rows:
+        key = (row["recurrence"], row["shape"])
+        best[key] = min(best.get(key, np.inf), row["gradient_ms"])
+    lines = [
+        f"{'recurrence':10} {'shape':18} {'impl':12} {'chunk':>5} {'unroll':>6}"
+        f" {'fwd ms':>8} {'grad ms':>8} {'x':>5} {'grad MiB':>8} {'compile s':>9}"
+    ]
+    for row in rows:
+        ratio = row["gradient_ms"] / best[row["recurrence"], row["shape"]]
+        chosen = (row["impl"], row["chunk"]) == scan.DEFAULT[scan._platform()][row["recurrence"]]
+        lines.append(
+            f"{row['recurrence']:10} {'x'.join(map(str, row['shape'])):18} {row['impl']:12}"
+            f" {row['chunk'] or '-':>5} {row['unroll']:6} {row['forward_ms']:8.1f}"
+            f" {row['gradient_ms']:8.1f} {ratio:5.2f} {row['gradient_temp_mib']:8.1f}"
+            f" {row['gradient_compile_s']:9.1f}"
+            + (" <- default" if chosen and row["unroll"] == scan.UNROLL[scan._platform()] else "")
+        )
+    return "\n".join(lines)
+
+
+def main():
+    where = jax.default_backend()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=7, help="at least 5; medians are reported")
+    parser.add_argument("--out", type=Path, default=Path(f"experiments/results/scans_{where}.json"))
+    flags = parser.parse_args()
+    load, start, rows = os.getloadavg()[0], time.time(), []
+    for name, shapes in SHAPES.items():
+        for shape in shapes:
+            rows += measure(name, shape, flags.repeats)
+            print(table(rows[-len(WAYS[name]) :]), flush=True)
+    result = {
+        "command": "python " + " ".join(sys.argv),
+        "versions": {
+            "python": platform.python_version(), "jax": jax.__version__,
+            "jaxlib": jaxlib.__version__, "numpy": np.__version__,
+        },
+        "machine": {
+            "platform": where, "device": jax.devices()[0].device_kind, "cores": os.cpu_count(),
+            "load_before": load, "load_after": os.getloadavg()[0],
+        },
+        "minutes": round((time.time() - start) / 60, 1),
+        "default": scan.DEFAULT,
+        "rows": rows,
+    }  # fmt: skip
+    flags.out.parent.mkdir(parents=True, exist_ok=True)
+    flags.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{flags.out}: {len(rows)} rows in {result['minutes']} minutes, load {load:.1f}")
+
+
+if __name__ == "__main__":
+    main()
