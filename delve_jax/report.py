@@ -42,8 +42,9 @@ def picture(report: dict, path: str | Path) -> None:
         marker = "D" if delve else "v" if small else "o"
         x, y = row["parameters"] / 1e6, row["bits_per_byte"]
         axes.scatter(x, y, color=colour, marker=marker, s=46, zorder=3)
-        axes.annotate(name, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8,
-                      color=colour)  # fmt: skip
+        # labels of compressed parents go left, those of dense ones right: they stand close together
+        axes.annotate(name, (x, y), xytext=(-7 if small else 7, -3), textcoords="offset points",
+                      ha="right" if small else "left", fontsize=8, color=colour)  # fmt: skip
     points = {r["name"]: (r["parameters"] / 1e6, r["bits_per_byte"]) for r in rows}
     for name, start in points.items():
         end = points.get(f"{name} compressed")

@@ -72,7 +72,14 @@ def main(argv=None):
     parser.add_argument("--only", choices=PROXIES, help="train this one")
     parser.add_argument("--continue", dest="go_on", action="store_true",
                         help="start from the committed weights instead of random ones")  # fmt: skip
+    parser.add_argument("--score", action="store_true",
+                        help="only score the committed weights again")  # fmt: skip
     args = parser.parse_args(argv)
+    if args.score:
+        for name in PROXIES:
+            if args.only in (None, name):
+                score(name, json.loads((PACKAGE / name / "card.json").read_text()))
+        return
     tokenizer_json, ids, meta = prepare()
     windows = data.windows(ids, CONTEXT + 1, CONTEXT)
     for name, cfg in PROXIES.items():
@@ -101,7 +108,7 @@ def main(argv=None):
 
 
 def publish(name, cfg, params, tokenizer_json, meta, args, seconds, tag):
-    """Write the Hugging Face directory, score it as written, and the card and result row."""
+    """Write the Hugging Face directory and its record, then score what was written."""
     dst = PACKAGE / name
     before = json.loads((dst / "card.json").read_text()) if args.go_on else {"tokens": 0}
     half = jax.tree.map(lambda a: np.asarray(a, np.float16), params)
@@ -109,10 +116,6 @@ def publish(name, cfg, params, tokenizer_json, meta, args, seconds, tag):
         shutil.rmtree(dst)
     parents.export_stock(cfg, half, dst, tokenizer_json)
     (dst / "generation_config.json").unlink(missing_ok=True)
-    cfg, params, _ = parents.load(dst, dtype="float32")
-    texts = report_texts()
-    lm = evaluate.Model(cfg, params, data.load_tokenizer(tokenizer_json, VOCAB))
-    score = evaluate.evaluate(lm, texts)
     curve = [m for m in metrics.read_metrics(WORK / tag / "metrics.jsonl") if "loss" in m]
     row = {
         "name": name,
@@ -123,18 +126,26 @@ def publish(name, cfg, params, tokenizer_json, meta, args, seconds, tag):
         "seed": SEED,
         "train_data": meta,
         "tokenizer_sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest(),
-        "report": score,
         "train_seconds": round(seconds),
         "curve": [[m["tokens"], round(m["loss"], 3)] for m in curve[:: max(1, len(curve) // 24)]],
         "versions": metrics.versions(),
     }
-    (dst / "card.json").write_text(json.dumps(row, indent=1))
-    (dst / "README.md").write_text(card(row))
+    score(name, row)
     (WORK / tag / "done.json").write_text(json.dumps(row))
+
+
+def score(name, row):
+    """Bits per byte on the report split in windows of the training length; card and result row."""
+    dst = PACKAGE / name
+    cfg, params, tokenizer_json = parents.load(dst, dtype="float32")
+    lm = evaluate.Model(cfg, params, data.load_tokenizer(tokenizer_json, VOCAB))
+    row["report"] = evaluate.evaluate(lm, report_texts(), window=CONTEXT, stride=CONTEXT * 3 // 4)
+    (dst / "card.json").write_text(json.dumps(row, indent=1) + "\n")
+    (dst / "README.md").write_text(card(row))
     results = ROOT / "experiments" / "results" / "proxies.json"
     results.parent.mkdir(exist_ok=True)
     rows = json.loads(results.read_text()) if results.exists() else {}
-    results.write_text(json.dumps(rows | {name: row}, indent=1, sort_keys=True))
+    results.write_text(json.dumps(rows | {name: row}, indent=1, sort_keys=True) + "\n")
     print(name, json.dumps(row["report"]))
 
 

@@ -166,11 +166,11 @@ def test_chunks_and_single_steps_continue_the_text(cfg, randomised):
 
 
 @functools.cache
-def gradient(cfg):
+def gradient(cfg, remat=False):
     """Gradient of the nll of one following token per position, weighted by w_T."""
 
     def loss(params, tokens_BT, w_T):
-        logp = jax.nn.log_softmax(models.forward(cfg, params, tokens_BT)[0])
+        logp = jax.nn.log_softmax(models.forward(cfg, params, tokens_BT, remat=remat)[0])
         picked = jnp.take_along_axis(logp, (tokens_BT[..., None] + 1) % V, axis=-1)[..., 0]
         return -(picked * w_T).sum()
 
@@ -206,6 +206,15 @@ def test_the_hub_is_causal(randomised):
     for stream in grads["streams"].values():
         used = np.abs(np.asarray(stream["embed"]["kernel"])).max(axis=1)
         assert (used[: t + 1] > 0).all() and (used[t + 1 :] == 0).all()
+
+
+def test_rematerialised_layers_give_the_same_gradient(randomised):
+    args = randomised(UNEVEN, 13), text(1), jnp.ones(T)
+    plain, remat = gradient(UNEVEN)(*args), gradient(UNEVEN, remat=True)(*args)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * max(np.abs(a).max(), 1)),
+        *jax.tree.map(np.asarray, (plain, remat)),
+    )
 
 
 def test_superblocks_cover_every_layer_evenly():

@@ -60,7 +60,7 @@ VARIANTS = {
     ),
     "mamba-512": (lambda: mamba(512, 1, use_bias=True, tie_word_embeddings=False), 64, V),
     "rwkv-rescale": (
-        lambda: rwkv(64, 13, attention_hidden_size=96, intermediate_size=160),
+        lambda: rwkv(64, 8, attention_hidden_size=96, intermediate_size=160),
         256, V,
     ),
     "rwkv-512": (
@@ -177,7 +177,7 @@ def test_logits_equal_transformers(name, record_property):
     T = c.tokens_BT.shape[1]
     assert c.logits_BTV.std() > 2
     full = difference(jitted(c.cfg)(c.params, c.tokens_BT)[0], c.logits_BTV)
-    pieces = (100, 1, 27, T - 128) if T > 128 else (30, 1, 9, T - 40)
+    pieces = (100, 1, T - 201, 100) if T > 201 else (31, 1, 1, T - 33)
     chunked = difference(in_pieces(c.cfg, c.params, c.tokens_BT, pieces), c.logits_BTV)
     few = c.tokens_BT[:, :256]
     steps = difference(in_pieces(c.cfg, c.params, few, [1]), c.logits_BTV[:, :256])
@@ -245,12 +245,8 @@ STREAMS = tuple(
     (n, dataclasses.replace(cfg, vocab_rows=50))
     for n, cfg in (("mamba", MAMBA), ("rwkv", RWKV), ("neox", SEQUENTIAL))
 )
-OURS = {
-    "mamba": MAMBA,
-    "rwkv": RWKV,
-    "neox": PARALLEL,
-    "delve": DelveConfig(STREAMS, n_superblocks=3, latents=3, hub_rank=4),
-}
+PARENTS = {"mamba": MAMBA, "rwkv": RWKV, "neox": PARALLEL}
+OURS = PARENTS | {"delve": DelveConfig(STREAMS, n_superblocks=3, latents=3, hub_rank=4)}
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -290,19 +286,18 @@ def jitted_gradient(cfg, remat):
     return jax.jit(jax.value_and_grad(loss))
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", PARENTS)
 def test_causality_by_gradients(name, randomised):
     """Logits at t have a gradient from every token up to t and exactly none from later ones."""
     cfg, T, t = OURS[name], 9, 5
     tokens = np.arange(T)[None]  # each id once: row i of the table is the token at position i
     _, grads = jitted_gradient(cfg, False)(randomised(cfg, 2), tokens, jnp.eye(T)[t])
-    for stream in grads["streams"].values() if "streams" in grads else [grads]:
-        used = np.abs(np.asarray(stream["embed"]["kernel"])).max(axis=1)
-        assert (used[: t + 1] > 0).all()
-        assert (used[t + 1 :] == 0).all()
+    used = np.abs(np.asarray(grads["embed"]["kernel"])).max(axis=1)
+    assert (used[: t + 1] > 0).all()
+    assert (used[t + 1 :] == 0).all()
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", PARENTS)
 def test_rematerialised_layers_change_nothing(name, randomised):
     cfg = OURS[name]
     args = randomised(cfg, 3), np.arange(9)[None], jnp.ones(9)
@@ -313,13 +308,13 @@ def test_rematerialised_layers_change_nothing(name, randomised):
 @pytest.mark.parametrize("name", OURS)
 def test_module_and_free_functions_are_one_model(name, randomised):
     """`LM` declares the tree of `abstract_params` and computes `forward`; padding ids are cut."""
-    cfg, tokens = OURS[name], np.arange(9)[None]
+    cfg, tokens = OURS[name], np.arange(72).reshape(3, 24) % 50
     module = models.LM(cfg)
     made = jax.eval_shape(lambda: module.init(jax.random.key(0), tokens))["params"]
     shape = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)  # noqa: E731
     assert shape(made) == shape(models.abstract_params(cfg))
     params = randomised(cfg, 4)
     logits, state = jax.jit(module.apply)({"params": params}, tokens)
-    assert logits.shape == (1, 9, cfg.vocab_size) and logits.dtype == jnp.float32
+    assert logits.shape == (3, 24, cfg.vocab_size) and logits.dtype == jnp.float32
     assert state is None
     assert difference(logits, np.asarray(jitted(cfg)(params, tokens)[0])) <= 1e-5

@@ -7,6 +7,7 @@ one layer's Grams exist at a time. Teacher activations feed every layer.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -68,6 +69,27 @@ def normalise(sums: dict, over: str, where: str) -> Moments:
     return Moments(gram, mean_I, count, over)
 
 
+@functools.lru_cache(maxsize=8)
+def _programs(cfg: ParentConfig):
+    """The jitted pieces of a parent's forward pass: embedding, one layer, head inputs."""
+
+    @jax.jit
+    def embed(params, tokens_BT):
+        return models.embed_tokens(cfg, params, tokens_BT)
+
+    @jax.jit
+    def block(layer, x_BTD):
+        return models.block_apply(cfg, layer, x_BTD, None, mutable=["moments"])
+
+    @jax.jit
+    def head_inputs(params, x_BTD):
+        f_BTD = models.final_features(cfg, params, x_BTD).astype(jnp.float32)
+        gram = jnp.einsum("btd,bte->de", f_BTD, f_BTD)
+        return {"gram": gram, "sum_in": f_BTD.sum((0, 1)), "count": f_BTD[..., 0].size}
+
+    return embed, block, head_inputs
+
+
 def stream(
     cfg: ParentConfig, params: dict, tokens_NT: np.ndarray
 ) -> Iterator[tuple[int | str, dict[str, Moments]]]:
@@ -75,36 +97,28 @@ def stream(
 
     params: the dense parent's tree; tokens_NT: int32 windows. The head's are those of its inputs.
     """
+    embed, block, head_inputs = _programs(cfg)
     rows = max(1, TOKENS // tokens_NT.shape[1])
+    outer = {name: tree for name, tree in params.items() if name != "layers"}
+
+    def advance(layer):
+        for i, x_BTD in enumerate(xs):
+            xs[i], sown = block(layer, x_BTD)
+            yield sown["moments"]
+
     with jax.default_matmul_precision("highest"):
-
-        @jax.jit
-        def block(layer, x_BTD):
-            return models.block_apply(cfg, layer, x_BTD, None, mutable=["moments"])
-
-        @jax.jit
-        def head_inputs(params, x_BTD):
-            f_BTD = models.final_features(cfg, params, x_BTD).astype(jnp.float32)
-            gram = jnp.einsum("btd,bte->de", f_BTD, f_BTD)
-            return {"gram": gram, "sum_in": f_BTD.sum((0, 1)), "count": f_BTD[..., 0].size}
-
-        embed = jax.jit(lambda params, tokens: models.embed_tokens(cfg, params, tokens))
-        outer = {name: tree for name, tree in params.items() if name != "layers"}
         xs = [
             embed(outer, jnp.asarray(tokens_NT[i : i + rows]))
             for i in range(0, len(tokens_NT), rows)
         ]
-
-        def advance(layer):
-            for i, x_BTD in enumerate(xs):
-                xs[i], sown = block(layer, x_BTD)
-                yield sown["moments"]
-
-        for index in range(cfg.n_layers):
-            layer = jax.tree.map(operator.itemgetter(index), params["layers"])
-            yield index, _maps(merge(advance(layer)), layer, f"layer {index}, map ")
+    for index in range(cfg.n_layers):
+        layer = jax.tree.map(operator.itemgetter(index), params["layers"])
+        with jax.default_matmul_precision("highest"):  # never held across a yield: it is global
+            sums = merge(advance(layer))
+        yield index, _maps(sums, layer, f"layer {index}, map ")
+    with jax.default_matmul_precision("highest"):
         head = merge(head_inputs(outer, x) for x in xs)
-        yield "head", {"head": normalise(head, "inputs", "map head")}
+    yield "head", {"head": normalise(head, "inputs", "map head")}
 
 
 def _maps(sums: dict, params: dict, where: str, path: str = "") -> dict[str, Moments]:

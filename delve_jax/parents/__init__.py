@@ -92,7 +92,8 @@ def peek(src: str | Path):
 def load(src: str | Path, dtype: str | None = None, mesh=None):
     """Read any source into (cfg, params, tokenizer_json or None).
 
-    dtype: float32, bfloat16 or float16; None keeps each tensor's own. mesh: where the arrays go
+    dtype: of the arrays (float32, bfloat16, float16), None keeps each tensor's own; cfg.dtype says
+    what is stored. mesh: where the arrays go
     (`parallel.shardings`), None for the first device. Raises DelveError for anything that does
     not fit: files, names, shapes, NaN.
     """

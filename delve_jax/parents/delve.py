@@ -125,7 +125,6 @@ def read_exported_delve(
 
     src = Path(src)
     cfg = _read_config(src)
-    cfg = cfg if dtype is None else dataclasses.replace(cfg, dtype=dtype)
     tensors = _Tensors(src)
     table = entries(cfg)
     if unknown := sorted(set(tensors.file_of) - {entry.key for entry in table}):

@@ -202,9 +202,7 @@ def load_stock(path: Path, dtype: str | None = None, mesh=None):
         kept = _target(family, row, stored, DTYPES[dtype] if dtype else None)
         shape = (cfg.n_layers, *row.ours) if row.stacked else row.ours
         plan[row.path] = (row, jax.ShapeDtypeStruct(shape, kept))
-    if dtype:
-        cfg = dataclasses.replace(cfg, dtype=dtype)
-    elif cfg.dtype == "float64":
+    if cfg.dtype == "float64":
         warnings.warn(f"{path}: float64 weights are kept as float32", stacklevel=2)
         cfg = dataclasses.replace(cfg, dtype="float32")
 
@@ -217,7 +215,7 @@ def load_stock(path: Path, dtype: str | None = None, mesh=None):
     peak = model + tensor + source.whole_file_bytes() + 2**30
     print(
         f"{path}: {cfg.family}, {len(source.tensors)} tensors, {model / 2**30:.2f} GiB as "
-        f"{cfg.dtype}; host memory at the peak at most {peak / 2**30:.2f} GiB",
+        f"{dtype or cfg.dtype}; host memory at the peak at most {peak / 2**30:.2f} GiB",
         file=sys.stderr,
     )
 
