@@ -54,7 +54,7 @@ def parser() -> Parser:
     )
     p.add_argument("--keep", type=float, default=0.5, help="kept share of all parameters (0.5)")
     p.add_argument("--method", default="delve", help="delve (whitened) or svd")
-    p.add_argument("--heal-tokens", type=int, help="training tokens (120000); 0: stop at fusion")
+    p.add_argument("--heal-tokens", type=int, help="training tokens (80000); 0: stop at fusion")
     p.add_argument("--data", nargs="+", default=[], metavar="TEXT", help="text to heal on")
     p.add_argument(
         "--calibrate", nargs="+", default=[], metavar="TEXT", help="text to compress and pool with"

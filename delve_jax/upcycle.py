@@ -126,9 +126,9 @@ def upcycle(
     """Parents -> compressed -> fused -> healed -> exported -> report; resumes when repeated.
 
     keep: all parameters of the DELVE (hub, gate, tables included) over the parents' sum, counted
-    at valid vocabulary rows. heal_tokens: default 120,000; 0 stops after fusion.
+    at valid vocabulary rows. heal_tokens: default 80,000; 0 stops after fusion.
     """
-    heal_tokens = 120_000 if heal_tokens is None else heal_tokens
+    heal_tokens = 80_000 if heal_tokens is None else heal_tokens
     sources = [str(s) for s in (sources or embedded_parents())]
     command = {"verb": "upcycle", "parents": sources, "keep": keep, "method": method,
                "heal_tokens": heal_tokens, "data": list(map(str, text)),

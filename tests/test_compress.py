@@ -294,14 +294,14 @@ def test_moments_do_not_depend_on_the_chunk_size(monkeypatch):
 # --- whole parents -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method,keep", [("delve", 0.5), ("delve", 0.3), ("svd", 0.3)])
+@pytest.mark.parametrize("method,keep", [("delve", 0.9), ("delve", 0.4), ("svd", 0.4)])
 @pytest.mark.parametrize("family", SMALL)
 def test_compressed_parent_runs_and_equals_its_explicit_product(family, method, keep):
     cfg = SMALL[family]
     params, tokens = trained_like(cfg), windows(cfg)
     new, small, report = compress(cfg, params, tokens, keep=keep, method=method, progress=False)
     assert new.vocab_rows == cfg.vocab_size and new.ranks
-    assert keep == 0.5 or "embed" in report.errors  # factored tables, one of them tied
+    assert ("embed" in report.errors) == (keep < 0.5)  # tables dense and factored, one of them tied
     assert models.count(new) == report.plan.parameters <= keep * models.count(cfg)
     abstract = models.abstract_params(new)
     jax.tree.map(lambda a, b: (a.shape == b.shape) or pytest.fail(f"{a} {b}"), small, abstract)
