@@ -1,6 +1,8 @@
 # `make quickstart` and `make test` do all of their own set-up in .venv; only Python >= 3.11 is needed.
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 BIN = .venv/bin
+# the proxies are small: BLAS threads beside those of XLA only get in each other's way
+export OPENBLAS_NUM_THREADS ?= 1
 
 .PHONY: quickstart test lint clean
 

@@ -22,7 +22,10 @@ def split():
     out = {}
     for role in ("calibrate", "report"):
         ids = data.encode_documents(tokenizer, data.split(documents, role))
-        out[role] = np.array(data.windows(ids, 128)[:96])
+        # spread over all documents: the first windows would be one or two files, and moments and
+        # weights fitted on those do not carry over
+        rows = data.windows(ids, 128)
+        out[role] = np.array(rows[np.linspace(0, len(rows) - 1, 160).astype(int)])
     return out
 
 
