@@ -57,7 +57,7 @@ def picture(report: dict, path: str | Path) -> None:
     axes.set_ylabel("bits per byte on held-back text")
     axes.set_title(f"Upcycle at keep {report['keep']:.3f} of the parents' sum", fontsize=10)
     axes.grid(color="#eeeeee")
-    axes.margins(x=0.22, y=0.12)
+    axes.margins(x=0.36, y=0.12)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.tight_layout()

@@ -62,8 +62,10 @@ def selective_scan(
     `dt` after softplus, `A` = -exp(A_log). Exact (ZOH) in A, Euler in B, as in the reference code.
     impl: "sequential", "fused", "chunked" or "associative" (one associative scan over all of T).
     """
-    impl, chunk = _choice("mamba", impl, chunk)
     batch, T, e_dim = u_BTE.shape
+    if impl is None and batch == 1 and _platform() == "cpu":
+        impl = "sequential"  # measured: for one row the plain scan's forward is 3 times faster
+    impl, chunk = _choice("mamba", impl, chunk)
     if state_BEN is None:
         state_BEN = jnp.zeros((batch, e_dim, A_EN.shape[-1]), jnp.float32)
     u, dt, b, c = (a.astype(jnp.float32).swapaxes(0, 1) for a in (u_BTE, dt_BTE, B_BTN, C_BTN))
