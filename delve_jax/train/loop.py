@@ -27,7 +27,7 @@ def make_step(loss_fn, optimizer, mesh, state, frozen):
         (loss, metrics), grads = grad_fn(state["params"], frozen, tokens_BT)
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), **metrics}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
         return {"params": params, "opt": opt}, metrics
 
     shard_state = parallel.shardings(mesh, state)
