@@ -6,10 +6,14 @@ The public face, imported on first use so that `import delve_jax` starts neither
 import importlib
 import types
 
-_WHERE = {"load": "lm", "LM": "lm", "DelveError": "config"} | dict.fromkeys(
-    ("convert", "heal", "export", "generate", "info"), "road"
-)
-_VERB_MODULES = {"compress": "road", "fuse": "road", "evaluate": "road", "upcycle": "upcycle"}
+_WHERE = {
+    "load": "lm", "LM": "lm", "DelveError": "config", "Settings": "train.run",
+    "convert": "road", "heal": "road", "export": "road", "generate": "look", "info": "look",
+}  # fmt: skip
+_VERB_MODULES = {
+    "compress": "road", "fuse": "road", "train": "road", "evaluate": "look", "upcycle": "upcycle",
+    "plan": "plan",
+}  # fmt: skip
 __all__ = [*_WHERE, *_VERB_MODULES]
 __version__ = "0.1.0"
 

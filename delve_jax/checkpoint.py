@@ -2,6 +2,9 @@
 
 Written as DIR.partial, renamed at the end: the final name never holds half a checkpoint. Arrays go
 out in 64 MiB chunks without OCDBT: saving then costs about 0.3 GiB of host memory, not a copy.
+Every tree carries the CRC-32 of its files and is not restored when one differs. `Steps` are the
+states of a training run: written in the background, the newest sound one is found by itself.
+Several processes call everything here together, over one shared file system.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import json
 import logging
 import shutil
 import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -21,6 +26,7 @@ from . import parallel
 from .config import Config, DelveError, from_json, read_json, to_json
 
 CHUNK_BYTES = 64 * 2**20
+SUMS = "checksums.json"  # in each tree's directory: file -> [bytes, CRC-32]
 _FILES = ("config.json", "tokenizer.json")
 
 
@@ -64,22 +70,11 @@ def writing(dst: str | Path, overwrite: bool = False, fresh: bool = False):
     and steps, which stay). DelveError: DST is taken, or the disk refuses.
     """
     dst = Path(dst)
-    partial, old = dst.with_name(dst.name + ".partial"), _replaced(dst)
-    _mend(dst)
-    if dst.exists() and not overwrite and (dst.is_file() or any(dst.iterdir())):
-        raise DelveError(f"{dst}: exists, give another name or --overwrite")
+    partial = dst.with_name(dst.name + ".partial")
     try:
-        if fresh:
-            shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True, exist_ok=True)
+        parallel.on_main(_claim, dst, overwrite, fresh)
         yield partial
-        shutil.rmtree(old, ignore_errors=True)
-        if dst.is_file():
-            dst.unlink()
-        elif dst.exists():
-            dst.rename(old)
-        partial.rename(dst)
-        shutil.rmtree(old, ignore_errors=True)
+        parallel.on_main(_commit, dst)
     except BaseException as err:
         if fresh:
             shutil.rmtree(partial, ignore_errors=True)
@@ -88,23 +83,98 @@ def writing(dst: str | Path, overwrite: bool = False, fresh: bool = False):
         raise
 
 
+def _claim(dst: Path, overwrite: bool, fresh: bool) -> None:
+    _mend(dst)
+    if dst.exists() and not overwrite and (dst.is_file() or any(dst.iterdir())):
+        raise DelveError(f"{dst}: exists, give another name or --overwrite")
+    partial = dst.with_name(dst.name + ".partial")
+    if fresh:
+        shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True, exist_ok=True)
+
+
+def _commit(dst: Path) -> None:
+    old = _replaced(dst)
+    shutil.rmtree(old, ignore_errors=True)
+    if dst.is_file():
+        dst.unlink()
+    elif dst.exists():
+        dst.rename(old)
+    dst.with_name(dst.name + ".partial").rename(dst)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _crc(file: Path) -> list[int]:
+    """[bytes, CRC-32] of a file, read in pieces."""
+    size = crc = 0
+    with file.open("rb") as f:
+        while piece := f.read(2**24):
+            size, crc = size + len(piece), zlib.crc32(piece, crc)
+    return [size, crc]
+
+
+def _write_sums(path: Path) -> None:
+    # Orbax writes _CHECKPOINT_METADATA (a time stamp) once more as it commits
+    out = (SUMS, "_CHECKPOINT_METADATA")
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name not in out)
+    with ThreadPoolExecutor(4) as pool:  # zlib lets go of the interpreter while it sums
+        sums = {f.relative_to(path).as_posix(): s for f, s in zip(files, pool.map(_crc, files))}  # noqa: B905
+    (path / SUMS).write_text(json.dumps(sums), encoding="utf-8")
+
+
+def _check_sums(path: Path) -> None:
+    """DelveError naming the first file that is missing or not what was written."""
+    if not (path / SUMS).is_file():
+        if not path.is_dir():
+            raise DelveError(f"{path}: no such directory; {path.parent} is no checkpoint")
+        raise DelveError(f"{path}: damaged checkpoint, make it again (it has no {SUMS})")
+    sums = read_json(path / SUMS)
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda n: _crc(path / n) if (path / n).is_file() else None, sums)
+        for name, was in zip(sums, found, strict=True):
+            if was != sums[name]:
+                what = "is missing" if was is None else "has other bytes than were written"
+                raise DelveError(f"{path}: damaged checkpoint, make it again ({name} {what})")
+
+
+def _save_args(tree):
+    return ocp.args.PyTreeSave(
+        tree, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+    )
+
+
+def _refused(path: Path, err: BaseException) -> DelveError:
+    """The one line of a failed write, whose leavings are removed."""
+    for left in [path, *_unfinished(path)]:
+        shutil.rmtree(left, ignore_errors=True)
+    # tensorstore reports a full disk as one of several types
+    reason = "no space left on the device" if "space" in str(err) else _one_line(err)
+    return DelveError(f"{str(path.parent).removesuffix('.partial')}: cannot be written ({reason})")
+
+
+def _unfinished(path: Path) -> list[Path]:
+    """Orbax's temporary directories of a tree that is being, or was not, written."""
+    return sorted(path.parent.glob(path.name + ".orbax-checkpoint-tmp*"))
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def _save_tree(path: Path, tree) -> None:
     """One Orbax tree at `path`; what is left of a failed write is removed."""
-    args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
-    shutil.rmtree(path, ignore_errors=True)
+    parallel.on_main(_remove, path)
     try:
         with _quiet(), _checkpointer() as orbax:
-            orbax.save(path.absolute(), args=ocp.args.PyTreeSave(tree, args))
-    except Exception as err:  # tensorstore reports a full disk as one of several types
-        for left in [path, *path.parent.glob(path.name + ".orbax-checkpoint-tmp*")]:
-            shutil.rmtree(left, ignore_errors=True)
-        reason = "no space left on the device" if "space" in str(err) else _one_line(err)
-        dst = str(path.parent).removesuffix(".partial")
-        raise DelveError(f"{dst}: cannot be written ({reason})") from None
+            orbax.save(path.absolute(), args=_save_args(tree))
+        parallel.on_main(_write_sums, path)
+    except Exception as err:
+        raise _refused(path, err) from None
 
 
 def _restore_tree(path: Path, abstract):
-    """An Orbax tree in the dtypes and shardings of `abstract`."""
+    """An Orbax tree in the dtypes and shardings of `abstract`, its checksums compared first."""
+    parallel.on_main(_check_sums, path)
     try:
         largest = max((x.size * 4 for x in jax.tree.leaves(abstract)), default=0)
         with _quiet(), _checkpointer(2 * largest) as orbax:
@@ -147,14 +217,20 @@ def save(
     if tokenizer is not None and not str(tokenizer).lstrip().startswith("{"):
         tokenizer = Path(tokenizer).read_text(encoding="utf-8")
     with writing(dst, overwrite) as partial:
-        for name in _FILES:
-            (partial / name).unlink(missing_ok=True)
         _save_tree(partial / "params", params)
+        texts = {n: json.dumps(data, indent=2) + "\n" for n, data in (extra or {}).items()}
+        texts["config.json"] = json.dumps(to_json(cfg), indent=2) + "\n"
         if tokenizer is not None:
-            (partial / "tokenizer.json").write_text(str(tokenizer), encoding="utf-8")
-        for name, data in {**(extra or {}), "config.json": to_json(cfg)}.items():
-            (partial / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+            texts["tokenizer.json"] = str(tokenizer)
+        parallel.on_main(_write_texts, partial, texts)
     return Path(dst)
+
+
+def _write_texts(folder: Path, texts: dict[str, str]) -> None:
+    for name in _FILES:
+        (folder / name).unlink(missing_ok=True)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def load_config(src: str | Path) -> Config:
@@ -214,26 +290,87 @@ def _leaves(tree):
     return jax.tree_util.tree_flatten_with_path(tree)[0]
 
 
-def save_step(folder: str | Path, step: int, tree, keep: int = 2) -> None:
-    """Save a training state as FOLDER/00000012, atomically; only the last `keep` stay."""
-    folder = Path(folder)
-    target = folder / f"{step:08d}"
-    with writing(target, overwrite=True, fresh=True) as partial:
-        _save_tree(partial / "state", tree)
-    for number in _steps(folder)[:-keep]:
-        shutil.rmtree(folder / f"{number:08d}", ignore_errors=True)
+class Steps:
+    """The states of a training run as FOLDER/00000012: background writes, retention, recovery.
 
+    The last `keep` stay, and every multiple of `keep_every` steps for good. One write is under way
+    at a time; `save` waits for the one before. A state counts once it is complete and its checksums
+    are written: both happen before it gets its name.
+    """
 
-def _steps(folder: Path) -> list[int]:
-    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit() and p.is_dir())
+    def __init__(self, folder: str | Path, keep: int = 2, keep_every: int | None = None):
+        self.folder, self.keep, self.keep_every = Path(folder), keep, keep_every
+        self._orbax, self._writing = None, None
 
+    def numbers(self) -> list[int]:
+        """The steps that stand there, oldest first."""
+        return sorted(int(p.name) for p in self.folder.glob("*") if p.name.isdigit() and p.is_dir())
 
-def latest_step(folder: str | Path) -> int | None:
-    """The newest complete step of a training run, None where there is none."""
-    steps = _steps(Path(folder))
-    return steps[-1] if steps else None
+    def path(self, step: int) -> Path:
+        """Where the state of a step stands."""
+        return self.folder / f"{step:08d}"
 
+    def save(self, step: int, tree) -> None:
+        """Start writing; returns when `tree` may change again (its bytes are on the host).
 
-def restore_step(folder: str | Path, step: int, abstract):
-    """The state of one step, in the shapes, dtypes and shardings of `abstract`."""
-    return _restore_tree(Path(folder) / f"{step:08d}" / "state", abstract)
+        DelveError: the write BEFORE this one failed; nothing was started and older states stand.
+        """
+        self.wait()
+        path = self.path(step).absolute()
+        parallel.on_main(self._prepare, path)
+        if self._orbax is None:
+            # its background thread warns that there is no OCDBT to merge: as wanted
+            logging.getLogger("absl").setLevel(logging.ERROR)
+            options = ocp.options.AsyncOptions(post_finalization_callback=self._seal)
+            handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+            self._orbax = ocp.AsyncCheckpointer(handler, async_options=options)
+        self._writing = path
+        try:
+            with _quiet():
+                self._orbax.save(path, args=_save_args(tree))
+        except Exception as err:
+            raise self._failed(err) from None
+
+    def wait(self) -> None:
+        """Wait for the write under way and drop states that are past keeping; DelveError if it
+        failed."""
+        if self._writing is None:
+            return
+        try:
+            with _quiet():
+                self._orbax.wait_until_finished()
+        except Exception as err:
+            raise self._failed(err) from None
+        self._writing = None
+        parallel.on_main(self._retain)
+
+    def restore(self, abstract, say=lambda line: None):
+        """(step, state) of the newest sound state in the placement of `abstract`, None without.
+
+        Damaged ones are passed over; `say` gets a line on each.
+        """
+        for step in reversed(parallel.on_main(self.numbers)):
+            try:
+                return step, _restore_tree(self.path(step), abstract)
+            except DelveError as err:
+                say(f"{err}; passed over, an older state is used")
+        return None
+
+    def _prepare(self, path: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in [path, *self.folder.glob("*.orbax-checkpoint-tmp*")]:
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _seal(self) -> None:
+        # called by Orbax after every file is written and before the directory gets its name
+        for path in _unfinished(self._writing):
+            _write_sums(path)
+
+    def _failed(self, err: BaseException) -> DelveError:
+        path, self._writing, self._orbax = self._writing, None, None
+        return _refused(path, err)
+
+    def _retain(self) -> None:
+        for step in self.numbers()[: -self.keep]:
+            if not self.keep_every or step % self.keep_every:
+                shutil.rmtree(self.path(step), ignore_errors=True)

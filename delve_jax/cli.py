@@ -1,4 +1,4 @@
-"""`delve VERB`: parsing and printing only; the work is in `road` and `upcycle`.
+"""`delve VERB`: parsing and printing only; the work is in `road`, `look`, `plan` and `upcycle`.
 
 Exit 0: done. Exit 2: bad input, one line on stderr. With --json one JSON object stands on stdout;
 bars and logs go to stderr.
@@ -18,6 +18,9 @@ EXAMPLES = {
     "compress": "delve compress out/pythia out/pythia-small --keep 0.5 --calibrate text.txt",
     "fuse": "delve fuse out/mamba-small out/pythia-small out/fused --calibrate text.txt",
     "heal": "delve heal out/fused out/healed --data text.txt --tokens 20000000",
+    "train": "delve train pythia-31m out/run --data out/tokens --tokens 500000000",
+    "plan": "delve plan delve-1.4b --mesh data=8 --compute bfloat16",
+    "data": "delve data prepare text.jsonl.zst out/tokens --tokenizer out/pythia",
     "eval": "delve eval out/healed --text held_back.txt --tasks piqa.jsonl",
     "export": "delve export out/healed out/hf",
     "generate": 'delve generate out/healed --prompt "The residual stream"',
@@ -119,17 +122,45 @@ def parser() -> Parser:
 
     p = verb("heal", "train towards the dense parents' pool", writes=True)
     p.add_argument("src"), p.add_argument("dst")
-    p.add_argument("--data", nargs="+", required=True, metavar="TEXT")
-    p.add_argument("--tokens", type=int, required=True)
     p.add_argument("--teachers", nargs="+", metavar="SRC", help="default: those in the config")
     p.add_argument("--objective", default="ce+kl", choices=("ce", "ce+kl"))
     p.add_argument("--kl-weight", type=float, default=0.5)
-    p.add_argument("--batch", type=int, default=8)
-    p.add_argument("--window", type=int, help="tokens per row; default: context, at most 512")
-    p.add_argument("--lr", type=float, default=1e-3)
-    p.add_argument("--save-every", type=int, default=200, metavar="STEPS")
-    p.add_argument("--mesh", help='as "data=4,model=2"; default: all devices on data')
-    p.add_argument("--seed", type=int, default=0)
+    _run_flags(p)
+
+    p = verb("train", "train a preset of any family from random weights", writes=True)
+    p.add_argument("preset", help="a name of `delve plan --list`"), p.add_argument("dst")
+    p.add_argument("--tokenizer", metavar="SRC", help="tokenizer.json or a source that has one")
+    _run_flags(p)
+
+    p = verb("plan", "what a run will need, before anything is allocated")
+    p.add_argument("target", nargs="?", metavar="PRESET|SRC")
+    p.add_argument("--list", action="store_true", help="the presets and their parameters")
+    p.add_argument("--keep", type=float, help="kept share of a DELVE preset (0.5)")
+    p.add_argument("--mfu", type=float, default=0.4, help="assumed share of the peak rate (0.4)")
+    p.add_argument(
+        "--device", default="h200", help="whose peak rate: h200, h100, a100, v4, v5e, v5p, v6e"
+    )
+    p.add_argument("--no-compile", action="store_true", help="leave the activations out")
+    _run_flags(p, plan=True)
+
+    data = verbs.add_parser("data", help="text to token files; the named datasets", prog=None)
+    actions = data.add_subparsers(dest="action", required=True, parser_class=Parser)
+    p = actions.add_parser("prepare", help="tokenise text into memory-mapped files",
+                           epilog=f"example: {EXAMPLES['data']}")  # fmt: skip
+    p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    p.add_argument("--overwrite", action="store_true", help="replace DST and work for it")
+    p.add_argument("sources", nargs="+", metavar="NAME|FILE",
+                   help="text files, names of `delve data list`, or NAME=DIR: a copy")  # fmt: skip
+    p.add_argument("dst")
+    p.add_argument("--tokenizer", required=True, metavar="SRC",
+                   help="tokenizer.json or a source that has one")  # fmt: skip
+    p.add_argument("--text-field", help="of jsonl and parquet; default: the dataset's, else text")
+    p.add_argument("--split", choices=("train", "calibrate", "choose", "report"),
+                   help="keep only these documents (by their hash)")  # fmt: skip
+    p.add_argument("--workers", type=int, help="processes; default: chosen by the cores")
+    p.add_argument("--limit-bytes", type=int, help="stop after about so much text")
+    p = actions.add_parser("list", help="the named datasets and mixtures")
+    p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
     p = verb("eval", "nll, bits per byte and task metrics")
     p.add_argument("src")
@@ -162,28 +193,91 @@ def parser() -> Parser:
     return top  # fmt: skip
 
 
+def _run_flags(p: argparse.ArgumentParser, plan: bool = False) -> None:
+    """The flags of `Settings`, for heal, train and (in part required) plan."""
+    if not plan:
+        p.add_argument("--data", nargs="+", required=True, metavar="TEXT[=WEIGHT]",
+                       help="text files or token folders")  # fmt: skip
+        p.add_argument("--save-every", type=int, default=200, metavar="STEPS")
+        p.add_argument("--save-minutes", type=float, default=10.0, help="or after so long (10)")
+        p.add_argument("--keep-every", type=int, metavar="STEPS",
+                       help="states that stay for good; else the last two")  # fmt: skip
+        p.add_argument("--distributed", metavar="HOST:PORT,N,I",
+                       help="process I of N; default: found (TPU VM, Slurm, MPI)")  # fmt: skip
+    p.add_argument("--tokens", type=int, required=not plan)
+    p.add_argument("--batch", type=int, default=8, help="rows of a step, over all devices")
+    p.add_argument("--accumulate", type=int, default=1, help="microbatches of a step")
+    p.add_argument("--window", type=int, help="tokens per row; default: context, at most 512")
+    p.add_argument("--optimizer", default="adamw", choices=("adamw", "adamh"))
+    p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--adam-lr", type=float, help="adamh: of all but matrices; default lr / 10")
+    p.add_argument("--weight-decay", type=float, default=0.01, help="adamw")
+    p.add_argument("--schedule", default="wsd", choices=("wsd", "cosine", "linear"))
+    p.add_argument("--warmup", type=float, default=0.1, help="share of the steps")
+    p.add_argument("--decay", type=float, default=0.2, help="share of the steps (wsd)")
+    p.add_argument("--b2", type=float), p.add_argument("--eps", type=float)
+    p.add_argument("--clip", type=float), p.add_argument("--z-loss", type=float, default=0.0)
+    p.add_argument("--compute", default="float32", choices=("float32", "bfloat16", "float64"))
+    p.add_argument("--remat", default="auto", choices=("auto", "none", "layer", "dots"))
+    p.add_argument("--mesh", help='as "replica=2,data=4,model=2"; default: all devices on data')
+    p.add_argument("--shard-sequence", action="store_true",
+                   help="split T between layers over model=")  # fmt: skip
+    p.add_argument("--across-documents", action="store_true",
+                   help="let documents in a row see each other")  # fmt: skip
+    p.add_argument("--seed", type=int, default=0)
+
+
+def _settings(kw: dict):
+    """Settings from the parsed flags, which are taken out of `kw`."""
+    from dataclasses import fields
+
+    from .train.loop import Saving
+    from .train.run import Settings
+
+    saving = Saving()
+    if "save_every" in kw:
+        saving = Saving(every=kw.pop("save_every"), minutes=kw.pop("save_minutes"),
+                        keep_every=kw.pop("keep_every"))  # fmt: skip
+    names = {f.name for f in fields(Settings)} & set(kw)
+    return Settings(**{n: kw.pop(n) for n in names}, saving=saving)
+
+
 def run(args: argparse.Namespace) -> dict:
     """Call the verb with its flags."""
     kw = {k: v for k, v in vars(args).items() if k not in ("verb", "json", "src", "dst")}
-    from . import road
+    from . import look, road
 
-    if args.verb == "upcycle":
-        from .upcycle import upcycle
+    match args.verb:
+        case "upcycle":
+            from .upcycle import upcycle
 
-        kw["text"] = kw.pop("data")
-        return upcycle(kw.pop("parents"), kw.pop("out"), **kw)
-    if args.verb == "fuse":
-        return road.fuse(kw.pop("sources"), args.dst, **kw)
-    if args.verb == "heal":
-        kw["text"] = kw.pop("data")
-        return road.heal(args.src, args.dst, **kw)
-    if args.verb in ("convert", "compress", "export"):
-        return getattr(road, args.verb)(args.src, args.dst, **kw)
-    if args.verb == "eval":
-        return road.evaluate(args.src, **kw)
-    if args.verb == "generate":
-        return road.generate(args.src, **kw)
-    return road.info(args.src)
+            kw["text"] = kw.pop("data")
+            return upcycle(kw.pop("parents"), kw.pop("out"), **kw)
+        case "fuse":
+            return road.fuse(kw.pop("sources"), args.dst, **kw)
+        case "heal" | "train":
+            kw["text"] = kw.pop("data")
+            first = args.src if args.verb == "heal" else kw.pop("preset")
+            return getattr(road, args.verb)(first, args.dst, _settings(kw), **kw)
+        case "plan":
+            from . import plan
+
+            if kw.pop("list"):
+                return plan.listing()
+            kw["tokens"] = kw["tokens"] or 0
+            return plan.plan(kw.pop("target"), _settings(kw), **kw)
+        case "data":
+            from . import data
+
+            if kw.pop("action") == "list":
+                return data.catalog.listing()
+            return data.prepare(kw.pop("sources"), args.dst, **kw)
+        case "eval":
+            return look.evaluate(args.src, **kw)
+        case "convert" | "compress" | "export":
+            return getattr(road, args.verb)(args.src, args.dst, **kw)
+        case _:
+            return getattr(look, args.verb)(args.src, **kw)
 
 
 def show(verb: str, result: dict) -> str:

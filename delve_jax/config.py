@@ -10,7 +10,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 Ranks = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -80,6 +80,28 @@ class NeoxConfig(ParentConfig):
     family: ClassVar[str] = "neox"
 
 
+class RopeScaling(NamedTuple):
+    """Llama 3's scaling of rotary frequencies: `original` is the length before it, in tokens."""
+
+    factor: float
+    low: float
+    high: float
+    original: int
+
+
+@dataclass(frozen=True)
+class Qwen3Config(ParentConfig):
+    """Qwen3 (arXiv 2505.09388), QK-norm included; the architecture of the Delphi models."""
+
+    n_heads: int = 0  # H
+    n_kv_heads: int = 0  # G, divides H
+    head_dim: int = 0  # h
+    d_ffn: int = 0  # F
+    rope_theta: float = 1e6
+    rope_scaling: RopeScaling | None = None
+    family: ClassVar[str] = "qwen3"
+
+
 @dataclass(frozen=True)
 class DelveConfig:
     """K parents in one widened residual stream (pooled head with J latents, low-rank hub)."""
@@ -112,7 +134,7 @@ class DelveConfig:
 
 
 Config = ParentConfig | DelveConfig
-FAMILIES = {c.family: c for c in (MambaConfig, RwkvConfig, NeoxConfig, DelveConfig)}
+FAMILIES = {c.family: c for c in (MambaConfig, RwkvConfig, NeoxConfig, Qwen3Config, DelveConfig)}
 
 
 def to_json(cfg: Config) -> dict:
@@ -147,6 +169,8 @@ def from_json(data: dict, where: str = "config.json") -> Config:
     if "teachers" in data:
         data["teachers"] = tuple(data["teachers"])
     try:
+        if data.get("rope_scaling") is not None:
+            data["rope_scaling"] = RopeScaling(*data["rope_scaling"])
         return cls(**data)
     except TypeError as err:
         raise DelveError(f"{where}: {err}") from None

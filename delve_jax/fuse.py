@@ -92,8 +92,8 @@ def boundary_rms(cfg: ParentConfig, params: dict, tokens_NT, n_superblocks: int)
 
     @jax.jit
     def run(params, tokens):
-        ctx, _ = models.FAMILY[cfg.family].context(cfg, tokens.shape[1], None, None)
         x, out = models.embed_tokens(cfg, params, tokens), []
+        ctx, _ = models.FAMILY[cfg.family].context(cfg, x)
         for s in range(n_superblocks - 1):
             layers = jax.tree.map(lambda a, s=s: a[bounds[s] : bounds[s + 1]], params["layers"])
             x, _ = models.run_layers(cfg, layers, x, None, ctx)
@@ -113,10 +113,10 @@ def fit_weights(
     """
     features = [_features(c, p, tokens_NT[:, :-1]) for c, p in zip(configs, params, strict=True)]
     targets_N = tokens_NT[:, 1:].reshape(-1)
-    heads = [{k: p[k] for k in ("embed", "head") if k in p} for p in params]
+    heads = [models.head_params(c, p) for c, p in zip(configs, params, strict=True)]
 
     def logits(heads, f):
-        parts = [models.head_logits(c, h, x) for c, h, x in zip(configs, heads, f, strict=True)]
+        parts = [models.head(c, h, x) for c, h, x in zip(configs, heads, f, strict=True)]
         return jnp.stack(parts)  # [K, n, V]
 
     @jax.jit
@@ -167,7 +167,7 @@ def fit_weights(
 
 def _features(cfg: ParentConfig, params: dict, tokens_NT) -> np.ndarray:
     """Head inputs of all positions, [N*T, D] float32 on the host: logits would not fit."""
-    run = jax.jit(lambda p, t: models.backbone(cfg, p, models.embed_tokens(cfg, p, t))[0])
+    run = jax.jit(lambda p, t: models.features(cfg, p, t)[0])
     rows = max(1, ROWS // tokens_NT.shape[1])
     out = []
     with progress(len(tokens_NT), "fuse", "window", hide=tokens_NT.size < 10 * ROWS) as bar:

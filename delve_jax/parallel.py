@@ -1,25 +1,35 @@
-"""Meshes and placement: a table path regex -> axes, for every family, DELVE and optimiser state.
+"""Meshes, placement and processes: a table path regex -> axes, for every family, DELVE, optimiser.
 
-Weights are sharded over "data" (FSDP) and "model" (tensor parallel); a stacked layer axis never is,
-nor is a dimension that its mesh axis does not divide. Models do not know about meshes.
+Mesh axes: "replica" (copies of the weights), "data" (FSDP: weights and batch are split), "model"
+(tensor parallel). A batch is split over replica x data. A stacked layer axis is never split, nor is
+a dimension that its mesh axis does not divide. Models do not know about meshes: they are handed at
+most one sharding for the residual stream (`models.Compute.residual`).
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .config import DelveError
 
-AXES = ("data", "model")
+AXES = ("replica", "data", "model")
+ROWS = ("replica", "data")  # axes that split a batch
+HEARTBEAT_S = 60  # a process that is silent for so long is lost: the others end with an error
 
 # maps whose output (columns) is split over "model", and those whose input (rows) is
-_COLUMN = r"(in_proj|dt_proj|att/(key|value|receptance|qkv)|ffn/(key|receptance)|mlp/up|head)"
-_ROW = r"(out_proj|x_proj|att/(output|out)|ffn/value|mlp/down)"
+_COLUMN = (
+    r"(in_proj|dt_proj|att/(key|value|receptance|qkv|q|k|v)|ffn/(key|receptance)"
+    r"|mlp/(up|gate)|head)"
+)
+_ROW = r"(out_proj|x_proj|att/(output|out|o)|ffn/value|mlp/down)"
 # regex on the end of a path -> axes of the LAST dimensions; leading ones (layers) are whole
 RULES: tuple[tuple[str, tuple], ...] = (
     (r"embed/kernel", ("model", "data")),  # [V, D]
@@ -41,26 +51,99 @@ RULES: tuple[tuple[str, tuple], ...] = (
 _RULES = tuple((re.compile(rf"(^|.*/)({pattern})"), axes) for pattern, axes in RULES)
 
 
-def make_mesh(spec: str | None = None) -> Mesh:
-    """A mesh from "data=8,model=1"; None puts every device on "data".
+def start(how: str | None = None) -> int:
+    """Join the processes of this run and return their number; call it before any device is used.
 
-    Fewer devices than there are may be asked for; more, or an unknown axis, raise DelveError.
+    None: found from the environment (TPU VM, Slurm, OpenMPI, Kubernetes; JAX_COORDINATOR_ADDRESS),
+    one process otherwise. "HOST:PORT,N,I": process I of N, process 0 listens at HOST:PORT.
+    "off": one process. A second call does nothing.
+    """
+    if how == "off" or jax.distributed.is_initialized():
+        return jax.process_count()
+    known = {}
+    if how is not None:
+        address, *numbers = how.split(",")
+        if ":" not in address or len(numbers) != 2 or not all(n.isdigit() for n in numbers):
+            raise DelveError(
+                f"--distributed {how}: expected HOST:PORT,PROCESSES,INDEX or off, as "
+                "10.0.0.2:9876,4,0"
+            )
+        count, index = map(int, numbers)
+        if index >= count:
+            raise DelveError(f"--distributed {how}: index {index} must be below {count}")
+        known = {"coordinator_address": address, "num_processes": count, "process_id": index}
+    try:
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_S, **known)
+    except ValueError:  # no cluster in the environment: an ordinary machine
+        if known:
+            raise
+    except RuntimeError as err:
+        if how is None and "before any JAX calls" in str(err):
+            return jax.process_count()  # a caller from Python has started JAX as it wanted it
+        raise DelveError(f"--distributed {how}: {' '.join(str(err).split())[:200]}") from None
+    return jax.process_count()
+
+
+def is_main() -> bool:
+    """True in the process that writes logs, configs and names (index 0)."""
+    return jax.process_index() == 0
+
+
+def on_main(function, *args, **kw):
+    """Call it in process 0 only; every process gets its JSON-able result or its DelveError.
+
+    Whatever touches shared files once (claiming a directory, renaming it) goes through here.
+    """
+    if jax.process_count() == 1:
+        return function(*args, **kw)
+    said = {}
+    if is_main():
+        try:
+            said = {"result": function(*args, **kw)}
+        except DelveError as err:
+            said = {"error": str(err)}
+        except BaseException as err:  # the others must not wait for one that is gone
+            said = {"error": f"process 0: {type(err).__name__} {err}"}
+    text = np.frombuffer(json.dumps(said).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
+    text = np.resize(text, size) if is_main() else np.zeros(size, np.uint8)
+    said = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(text))))
+    if "error" in said:
+        raise DelveError(said["error"])
+    return said["result"]
+
+
+def barrier(name: str) -> None:
+    """Wait until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def parse_mesh(spec: str) -> dict[str, int]:
+    """ "data=8,model=2" -> the size of every axis, 1 where it is not named."""
+    sizes = dict.fromkeys(AXES, 1)
+    for part in spec.split(","):
+        name, _, size = part.strip().partition("=")
+        if name not in AXES or not size.isdigit() or int(size) < 1:
+            raise DelveError(f"--mesh {spec}: {part!r} is not one of replica=N, data=N, model=N")
+        sizes[name] = int(size)
+    return sizes
+
+
+def make_mesh(spec: str | None = None) -> Mesh:
+    """A mesh from "replica=2,data=8,model=1"; None puts every device of every process on "data".
+
+    Fewer devices than there are may be asked for (by one process); more, or an unknown axis, raise
+    DelveError.
     """
     devices = jax.devices()
-    sizes = {"data": len(devices), "model": 1}
-    if spec is not None:
-        sizes = {"data": 1, "model": 1}
-        for part in spec.split(","):
-            name, _, size = part.strip().partition("=")
-            if name not in AXES or not size.isdigit() or int(size) < 1:
-                raise DelveError(f"--mesh {spec}: {part!r} is not data=N or model=N")
-            sizes[name] = int(size)
+    sizes = parse_mesh(spec or f"data={len(devices)}")
     count = math.prod(sizes.values())
-    if count > len(devices):
+    if count > len(devices) or (count < len(devices) and jax.process_count() > 1):
         raise DelveError(f"--mesh {spec}: {count} devices asked for, {len(devices)} are there")
     # Auto: jax's default, Explicit, breaks Linen (jax_stack.md)
     return jax.make_mesh(
-        tuple(sizes[a] for a in AXES), AXES, (AxisType.Auto,) * 2, devices=devices[:count]
+        tuple(sizes.values()), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:count]
     )
 
 
@@ -97,9 +180,46 @@ def abstract(mesh: Mesh, tree):
     )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over "data"."""
-    return NamedSharding(mesh, P("data"))
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Rows of a batch over replica x data, after `leading` whole axes (microbatches)."""
+    return NamedSharding(mesh, P(*(None,) * leading, ROWS))
+
+
+def residual_sharding(mesh: Mesh, sequence: bool = False) -> NamedSharding | None:
+    """Where x_BTD lives between layers: rows split, and T over "model" if `sequence`.
+
+    None on one device: a constraint there would only cost compilation.
+    """
+    if mesh.size == 1:
+        return None
+    return NamedSharding(mesh, P(ROWS, "model" if sequence else None, None))
+
+
+def row_groups(mesh: Mesh) -> int:
+    """Into how many parts a batch is split; its size must be a multiple."""
+    return mesh.shape["replica"] * mesh.shape["data"]
+
+
+def feed(mesh: Mesh, batch: int) -> tuple[int, int]:
+    """(shard, shards): which part of a global batch of `batch` rows this process must read.
+
+    Processes that share rows (a "model" axis across them) read the same part.
+    """
+    where = batch_sharding(mesh).addressable_devices_indices_map((batch,))
+    starts = sorted({s.start or 0 for (s,) in where.values()})
+    stops = sorted({batch if s.stop is None else s.stop for (s,) in where.values()})
+    size = sum(stop - start for start, stop in zip(starts, stops, strict=True))
+    if stops[-1] - starts[0] != size or starts[0] % size:
+        raise DelveError("--mesh: the rows of this process are not one block; put model= last")
+    return starts[0] // size, batch // size
+
+
+def global_batch(mesh: Mesh, rows: np.ndarray, leading: int = 0) -> jax.Array:
+    """The global array of which `rows` are this process's part."""
+    where = batch_sharding(mesh, leading)
+    if jax.process_count() == 1:
+        return jax.device_put(rows, where)
+    return jax.make_array_from_process_local_data(where, rows)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

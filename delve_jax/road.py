@@ -1,29 +1,28 @@
-"""The verbs on paths: convert, compress, fuse, heal, evaluate, export, generate, info.
+"""The verbs that leave something: convert, compress, fuse, heal, train, export.
 
-Each reads a source, does one thing and leaves a checkpoint directory (or numbers). Work stands in
-DST.partial with `run.json` (the arguments); the same call resumes it, a finished one says so.
+Each reads a source, does one thing and leaves a checkpoint directory. Work stands in DST.partial
+with `run.json` (the arguments); the same call resumes it, a finished one says so.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from . import checkpoint, data, lm, models, parallel, parents
+from . import checkpoint, data, parallel, parents
 from . import compress as compression
-from . import evaluate as evaluation
 from . import fuse as fusion
 from .config import Config, DelveError, read_json
+from .look import info, texts_of
 from .metrics import versions
+from .train import run
+from .train.run import Settings
 
 CALIBRATION_WINDOW = 512  # longest calibration window; shorter where the context is
 
@@ -33,7 +32,10 @@ def begin(dst: str | Path, command: dict, overwrite: bool = False) -> bool:
 
     DelveError where DST or DST.partial holds the work of other arguments (unless overwrite).
     """
-    dst = Path(dst)
+    return parallel.on_main(_begin, Path(dst), command, overwrite)
+
+
+def _begin(dst: Path, command: dict, overwrite: bool) -> bool:
     partial = dst.with_name(dst.name + ".partial")
     command = json.loads(json.dumps(command, default=str))
     if dst.exists() and not overwrite:
@@ -60,11 +62,6 @@ def already(dst: str | Path) -> dict:
     return {"path": str(dst), "already": True, **info(dst)}
 
 
-def texts_of(files: Sequence[str | Path]) -> list[str]:
-    """The documents of several text files."""
-    return [document for file in files for document in data.read_documents(file)]
-
-
 def calibration_windows(
     cfg: Config, tokenizer_json: str | None, documents: Sequence[str], tokens: int, seed: int = 0
 ) -> np.ndarray:
@@ -82,13 +79,6 @@ def calibration_windows(
 def name_of(src: str | Path) -> str:
     """A short name of a source: its directory, file or repository name without revision."""
     return re.sub(r"@.*$", "", str(src).rstrip("/")).rsplit("/", 1)[-1].removesuffix(".pth")
-
-
-def valid_count(cfg: Config) -> int:
-    """Parameters at the valid vocabulary rows (the padding rows of a checkpoint not counted)."""
-    if cfg.family != "delve":
-        cfg = dataclasses.replace(cfg, vocab_rows=cfg.vocab_size)
-    return models.count(cfg)
 
 
 def convert(src, dst, *, dtype: str | None = None, mesh: str | None = None, overwrite=False):
@@ -238,45 +228,36 @@ def _teacher_of(src: str) -> str:
 def heal(
     src,
     dst,
+    settings: Settings,
     *,
     text: Sequence[str] = (),
     documents: Sequence[str] | None = None,
-    tokens: int = 200_000,
     teachers: Sequence[str] | None = None,
     objective: str = "ce+kl",
-    batch: int = 8,
-    window: int | None = None,
-    lr: float = 1e-3,
     kl_weight: float = 0.5,
-    save_every: int = 200,
     mesh: str | None = None,
-    seed: int = 0,
+    distributed: str | None = None,
     overwrite: bool = False,
 ):
     """Train a compressed or fused checkpoint on text, against its dense parents' pool.
 
-    teachers: default the sources recorded in the config; one that is missing is a DelveError
-    (objective "ce" needs none). Leaves metrics.jsonl; a repeated call resumes.
+    text: files or token folders, each optionally PATH=WEIGHT; or `documents` themselves. teachers:
+    default the sources recorded in the config; one that is missing is a DelveError (objective "ce"
+    needs none). Leaves metrics.jsonl; a repeated call resumes.
     """
-    from .train.heal import heal as run
-
-    command = {"verb": "heal", "src": src, "text": list(map(str, text)), "tokens": tokens,
-               "data_hash": data.data_hash(documents) if documents else None,
-               "teachers": teachers and list(map(str, teachers)), "objective": objective,
-               "batch": batch, "window": window, "lr": lr, "kl_weight": kl_weight, "mesh": mesh,
-               "seed": seed}  # fmt: skip
     if objective not in ("ce", "ce+kl"):
         raise DelveError(f"--objective {objective}: choose ce or ce+kl")
-    if tokens < 1:
-        raise DelveError(f"--tokens {tokens}: must be at least 1")
+    parallel.start(distributed)
+    command = {"verb": "heal", "src": src, "text": list(map(str, text)),
+               "data_hash": data.data_hash(documents) if documents else None,
+               "teachers": teachers and list(map(str, teachers)), "objective": objective,
+               "kl_weight": kl_weight, **_what(settings)}  # fmt: skip
+    on = parallel.make_mesh(mesh)
+    settings.checked(on)
     if begin(dst, command, overwrite):
         return already(dst)
-    on = parallel.make_mesh(mesh)
-    if batch % on.shape["data"]:
-        raise DelveError(
-            f"--batch {batch}: must be a multiple of the mesh's data={on.shape['data']}"
-        )
-    cfg, params, tokenizer = parents.load(src, dtype="float32", mesh=on)
+    cfg, tokenizer = parents.peek(src)
+    tok = data.load_tokenizer(tokenizer, cfg.vocab_size)
     loaded = []
     if objective != "ce":
         if teachers is None:
@@ -289,44 +270,102 @@ def heal(
                     f"teacher {err}; name it with --teachers, or --objective ce"
                 ) from None
             loaded.append((t_cfg, t_params))
-    tok = data.load_tokenizer(tokenizer, cfg.vocab_size)
-    ids = data.encode_documents(tok, documents if documents is not None else texts_of(text))
-    T = min(window or cfg.context_length, CALIBRATION_WINDOW if window is None else window)
-    windows = data.windows(ids, T + 1, T)
-    if len(windows) < batch:
-        raise DelveError(
-            f"--data: {len(windows)} windows of {T} tokens do not fill a batch of {batch}"
-        )
-    partial = Path(dst).with_name(Path(dst).name + ".partial")
-    params, report = run(
-        cfg, params, windows, loaded, tokens=tokens, workdir=partial, batch=batch, lr=lr,
-        kl_weight=kl_weight, seed=seed, mesh=on, save_every=save_every,
+    cfg = dataclasses.replace(cfg, dtype="float32")
+    params, report = run.heal(
+        cfg, lambda: parents.load(src, dtype="float32", mesh=on)[1],
+        _opener(text, documents, tokenizer, cfg.vocab_size, settings.seed), loaded, settings,
+        mesh=on, workdir=_partial(dst), eot=data.eot_of(tok), kl_weight=kl_weight,
     )  # fmt: skip
-    checkpoint.save(dst, cfg, params, tokenizer, overwrite, {"heal.json": report})
-    shutil.rmtree(Path(dst) / "state", ignore_errors=True)  # steps serve resuming only
-    return {"path": str(dst), **info(dst), "heal": report}
+    return _finish(dst, cfg, params, tokenizer, overwrite, "heal", report)
 
 
-def evaluate(
-    src,
-    text: Sequence[str] = (),
-    tasks: Sequence[str] = (),
+def train(
+    preset: str,
+    dst,
+    settings: Settings,
     *,
-    backend: str = "jax",
-    trust_remote_code: bool = False,
-) -> dict:
-    """nll and bits per byte on text files, metrics of jsonl tasks; backend "jax" or "hf"."""
-    if backend not in ("jax", "hf"):
-        raise DelveError(f"--backend {backend}: choose jax or hf")
-    if not text and not tasks:
-        raise DelveError("nothing to evaluate on: give --text FILE or --tasks FILE.jsonl")
-    model = lm.load(src) if backend == "jax" else evaluation.hf_scorer(src, trust_remote_code)
-    out = {"model": str(src), "backend": backend}
-    if text:
-        out |= evaluation.evaluate(model, texts_of(text))
-    if tasks:
-        out["tasks"] = {Path(t).stem: evaluation.evaluate_task(model, t) for t in tasks}
-    return out
+    text: Sequence[str],
+    tokenizer: str | None = None,
+    mesh: str | None = None,
+    distributed: str | None = None,
+    overwrite: bool = False,
+):
+    """Train a preset of any family from random weights.
+
+    text: files or token folders, each optionally PATH=WEIGHT. tokenizer: a tokenizer.json or any
+    source that has one; default that of the first token folder. Its vocabulary replaces the
+    preset's where it is smaller or the preset is a proxy. DelveError: it is larger.
+    """
+    from . import presets
+
+    parallel.start(distributed)
+    command = {"verb": "train", "preset": preset, "text": list(map(str, text)),
+               "tokenizer": tokenizer, **_what(settings)}  # fmt: skip
+    on = parallel.make_mesh(mesh)
+    settings.checked(on)
+    cfg = presets.preset(preset)
+    tokenizer_json = _tokenizer_for(cfg, tokenizer, text)
+    if begin(dst, command, overwrite):
+        return already(dst)
+    tok = data.load_tokenizer(tokenizer_json, cfg.vocab_size)
+    params, report = run.pretrain(
+        cfg, _opener(text, None, tokenizer_json, cfg.vocab_size, settings.seed), settings, mesh=on,
+        workdir=_partial(dst), eot=data.eot_of(tok),
+    )  # fmt: skip
+    return _finish(dst, cfg, params, tokenizer_json, overwrite, "train", report)
+
+
+def _what(settings: Settings) -> dict:
+    """What of the settings decides the result: how often states are saved does not."""
+    what = dataclasses.asdict(settings)
+    del what["saving"]
+    return what
+
+
+def _partial(dst) -> Path:
+    return Path(dst).with_name(Path(dst).name + ".partial")
+
+
+def _tokenizer_for(cfg: Config, tokenizer: str | None, text: Sequence[str]) -> str | None:
+    """tokenizer.json of a run as text; None is raw bytes."""
+    if tokenizer is None:
+        folders = [Path(str(t).rpartition("=")[0] or t) for t in text]
+        tokenizer = next((str(f) for f in folders if (f / "manifest.json").exists()), None)
+    path = Path(tokenizer or ".")
+    if tokenizer is None or path.suffix == ".json" or (path / "tokenizer.json").is_file():
+        found = data.read_tokenizer(tokenizer)
+    else:
+        found = parents.peek(tokenizer)[1]
+    if found is None and cfg.vocab_size != 256:
+        raise DelveError(
+            "--tokenizer: name a tokenizer.json, or a source that has one (a vocabulary of "
+            f"{cfg.vocab_size:,} is not raw bytes)"
+        )
+    size = data.load_tokenizer(found, cfg.vocab_size).get_vocab_size(with_added_tokens=True)
+    if size > cfg.vocab_size:
+        raise DelveError(
+            f"--tokenizer {tokenizer}: has {size:,} ids, the preset's vocabulary is "
+            f"{cfg.vocab_size:,}; choose another of the two"
+        )
+    return found
+
+
+def _opener(text, documents, tokenizer_json, vocab_size: int, seed: int):
+    """open_data(T, batch, shard, shards) of a run; text is tokenised once."""
+    if documents is None:
+        return lambda T, batch, shard, shards: data.training_set(
+            text, tokenizer_json, vocab_size, T + 1, batch, seed, shard, shards
+        )[0]
+    ids = data.encode_documents(data.load_tokenizer(tokenizer_json, vocab_size), documents)
+    return lambda T, batch, shard, shards: data.batches(
+        data.windows(ids, T + 1, T), batch, seed, shard, shards
+    )
+
+
+def _finish(dst, cfg, params, tokenizer, overwrite, verb: str, report: dict) -> dict:
+    checkpoint.save(dst, cfg, params, tokenizer, overwrite, {f"{verb}.json": report})
+    parallel.on_main(shutil.rmtree, Path(dst) / "state", True)  # steps serve resuming only
+    return {"path": str(dst), **parallel.on_main(info, dst), verb: report}
 
 
 def export(src, dst, *, layout: str | None = None, overwrite: bool = False) -> dict:
@@ -336,65 +375,3 @@ def export(src, dst, *, layout: str | None = None, overwrite: bool = False) -> d
     if parents.detect(src) != "checkpoint":
         raise DelveError(f"{src}: not a checkpoint directory; run `delve convert {src} DST` first")
     return export_hf(src, dst, layout, overwrite=overwrite)
-
-
-def generate(
-    src, prompt: str, *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
-):
-    """Continue a text -> {"prompt", "text", "tokens"}; greedy at temperature 0."""
-    model = src if isinstance(src, lm.LM) else lm.load(src)
-    if model.tokenizer is None:
-        raise DelveError(f"{src}: has no tokenizer.json, so it cannot continue text")
-    ids = model.tokenizer.encode(prompt).ids
-    if not ids:
-        eot = data.eot_of(model.tokenizer)
-        if eot is None:
-            raise DelveError("--prompt: is empty; give some text")
-        ids = [eot]
-    if temperature < 0:
-        raise DelveError(f"--temperature {temperature}: must not be negative")
-    out = model.generate(np.array([ids]), max_new_tokens, temperature=temperature, seed=seed)
-    new = np.asarray(out)[0, len(ids) :].tolist()
-    return {"prompt": prompt, "text": model.tokenizer.decode(new), "tokens": new}
-
-
-def info(src) -> dict:
-    """Family, parameters, bytes, ranks, pool weights and tokenizer hash of any source."""
-    kind, path = parents.detect(src), parents.resolve(src)
-    if kind == "checkpoint":
-        cfg = checkpoint.load_config(path)
-        tokenizer = checkpoint.load_tokenizer(path)
-        pool = checkpoint.restore_part(path, "pool") if cfg.family == "delve" else None
-    else:
-        cfg, params, tokenizer = parents.load(src)
-        pool = params.get("pool")
-    out = {
-        "family": cfg.family,
-        "parameters": valid_count(cfg),
-        "parameter_bytes": evaluation.parameter_bytes(cfg),
-        "dtype": cfg.dtype,
-        "vocab_size": cfg.vocab_size,
-        "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest() if tokenizer else None,
-    }
-    if cfg.family != "delve":
-        return out | {"layers": cfg.n_layers, "width": cfg.d_model, "ranks": _ranks(cfg)}
-    if cfg.latents == 1:
-        weights = np.asarray(pool["a"], np.float64)
-    else:
-        weights = np.asarray(jax.nn.softmax(jnp.asarray(pool["log_pi"])), np.float64)
-    return out | {
-        "latents": cfg.latents,
-        "superblocks": cfg.n_superblocks,
-        "hub_rank": cfg.hub_rank,
-        "pool": dict(zip(cfg.names, weights.tolist(), strict=True)),
-        "streams": {
-            n: {"family": s.family, "layers": s.n_layers, "width": s.d_model,
-                "parameters": models.count(s), "ranks": _ranks(s)}
-            for n, s in cfg.streams
-        },
-        "teachers": list(cfg.teachers),
-    }  # fmt: skip
-
-
-def _ranks(cfg) -> dict:
-    return {name: list(ranks) for name, ranks in cfg.ranks}

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from . import VerbModule, data, fuse, lm, parents, road
+from . import VerbModule, data, fuse, lm, look, parents, road
 from . import compress as compression
 from . import evaluate as evaluation
 from .compress.allocate import smallest
 from .config import DelveError, read_json
 from .metrics import versions
+from .train.loop import Saving
+from .train.run import Settings
 
 PROXIES = Path(__file__).parent / "proxies"
 PROMPT = "def "
@@ -41,8 +43,8 @@ def roles(
 
     DelveError: a role is left without text, or report text is also trained or fitted on.
     """
-    base = road.texts_of(texts) if texts else data.stdlib_documents()
-    own = {"train": [], "calibrate": road.texts_of(calibrate), "report": road.texts_of(report)}
+    base = look.texts_of(texts) if texts else data.stdlib_documents()
+    own = {"train": [], "calibrate": look.texts_of(calibrate), "report": look.texts_of(report)}
     split_base = not (texts and calibrate and report)
     out = {
         role: own[role] or (data.split(base, role) if split_base or role != "train" else base)
@@ -71,7 +73,7 @@ def budgets(configs: list, keep: float) -> list[int]:
     """
     if not 0 < keep <= 1:
         raise DelveError(f"--keep {keep}: must lie in (0, 1], the kept share of all parameters")
-    counts = [road.valid_count(cfg) for _, cfg in configs]
+    counts = [look.valid_count(cfg) for _, cfg in configs]
     joints = fuse.joints_count(fuse.joint_config(configs))
     least = max(smallest(cfg) / n for (_, cfg), n in zip(configs, counts, strict=True))
     ratio = keep - joints / sum(counts)
@@ -87,7 +89,7 @@ def score(name: str, model: lm.LM, texts: Sequence[str], window: int) -> dict:
     """One row of the report. Windows overlap by a quarter: the least context of any token."""
     result = evaluation.evaluate(model, texts, window=window, stride=max(1, window * 3 // 4))
     keys = ("parameter_bytes", "nll_per_token", "bits_per_byte", "tokens_per_second", "tokens")
-    row = {"name": name, "parameters": road.valid_count(model.config)}
+    row = {"name": name, "parameters": look.valid_count(model.config)}
     return row | {k: result[k] for k in keys}
 
 
@@ -134,7 +136,7 @@ def upcycle(
                "heal_tokens": heal_tokens, "data": list(map(str, text)),
                "calibrate": list(map(str, calibrate)), "report_text": list(map(str, report_text)),
                "calibrate_tokens": calibrate_tokens, "report_bytes": report_bytes, "batch": batch,
-               "lr": lr, "latents": latents, "mesh": mesh, "seed": seed}  # fmt: skip
+               "lr": lr, "latents": latents, "seed": seed}  # fmt: skip
     out = Path(out)
     if heal_tokens < 0:
         raise DelveError(f"--heal-tokens {heal_tokens}: must be 0 (no healing) or more")
@@ -167,8 +169,9 @@ def upcycle(
     if heal_tokens:
         _say(f"heal for {heal_tokens:,} tokens")
         road.heal(
-            work / "fused", work / "checkpoint", documents=texts["train"], tokens=heal_tokens,
-            batch=batch, lr=lr, mesh=mesh, seed=seed, save_every=save_every,
+            work / "fused", work / "checkpoint",
+            Settings(tokens=heal_tokens, batch=batch, lr=lr, seed=seed, saving=Saving(save_every)),
+            documents=texts["train"], mesh=mesh,
         )  # fmt: skip
     elif not (work / "checkpoint").exists():
         shutil.copytree(work / "fused", work / "checkpoint")
@@ -188,11 +191,11 @@ def upcycle(
             rows[label] = score(label, model, texts["report"], window)
             _rows_file(work, rows)
     final = lm.load(work / "checkpoint")
-    sample = road.generate(final, PROMPT, max_new_tokens=64)
+    sample = look.generate(final, PROMPT, max_new_tokens=64)
     report = {
         "rows": list(rows.values()),
         "keep": rows[stages[-1][0]]["parameters"] / sum(rows[n]["parameters"] for n in names),
-        "pool": road.info(work / "checkpoint")["pool"],
+        "pool": look.info(work / "checkpoint")["pool"],
         "export": {k: exported[k] for k in ("verified", "max_abs_diff", "max_abs_logit")},
         "sample": sample["prompt"] + sample["text"],
         "seeds": {"seed": seed},

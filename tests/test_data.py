@@ -1,14 +1,19 @@
-"""Documents, splits, tokens and the pipeline: each rule against an independent computation."""
+"""Readers, documents, splits, ids, batches: each rule against an independent computation."""
 
 import gzip
 import hashlib
+import json
 import lzma
 import random
+import re
+import sys
 import sysconfig
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
 from delve_jax import data
 from delve_jax.config import DelveError
@@ -69,6 +74,7 @@ def test_separators_and_byte_exact_documents(tmp_path):
             ("t.md", raw),
             ("t.txt.xz", lzma.compress(raw)),
             ("t.txt.gz", gzip.compress(raw)),
+            ("t.txt.zst", zstandard.compress(raw)),
         ):
             path = tmp_path / f"{i}{name}"
             path.write_bytes(content)
@@ -99,6 +105,134 @@ def test_bad_files_are_named(tmp_path, name, content, says):
     with pytest.raises(DelveError) as err:
         data.read_documents(path)
     assert str(path) in str(err.value) and says in str(err.value) and "\n" not in str(err.value)
+
+
+def split_documents(text):
+    """The rule in one regular expression: pieces between lines that are `<|endoftext|>`."""
+    first, *rest = re.split(r"(?:\A|\n)<\|endoftext\|>(?=\n|\Z)", text)
+    return [d for d in (first, *(piece.removeprefix("\n") for piece in rest)) if d]
+
+
+def test_streamed_documents_follow_the_rule(tmp_path):
+    rng = random.Random(1)
+    pieces = ["<|endoftext|>", "\n", "\n", "x", " ", "é\n<|endoftext|>\n", "\r\n"]
+    path, several = tmp_path / "t.txt", 0
+    for _ in range(400):
+        text = "".join(rng.choice(pieces) for _ in range(rng.randrange(30)))
+        path.write_bytes(text.encode())
+        want = split_documents(text)
+        assert [document for document, _ in data.text.stream(path)] == want
+        several += len(want) > 1
+    assert several > 50  # the cases are not trivial
+
+
+def test_zstd_frames_and_cuts(tmp_path):
+    raw = random.Random(0).randbytes(300_000).hex().encode()
+    frames = zstandard.compress(raw[:250_000]) + zstandard.compress(raw[250_000:])
+    path = tmp_path / "t.txt.zst"
+    path.write_bytes(frames)
+    assert data.read_text(path) == raw.decode()
+    for cut in (1, 1000, len(frames) // 2):
+        path.write_bytes(frames[:-cut])
+        with pytest.raises(DelveError, match="cut short"):
+            data.read_text(path)
+    path.write_bytes(b"not zstandard")
+    with pytest.raises(DelveError, match="damaged"):
+        data.read_text(path)
+
+
+ROWS = [
+    {"text": "first\nline", "meta": {"raw": "nested 1"}, "n": 1},
+    {"text": "", "meta": {"raw": ""}, "n": 2},
+    {"text": "second ünï \u0000", "meta": {"raw": "nested 2"}, "n": 3},
+    {"text": None, "meta": None, "n": 4},
+]
+
+
+def write_rows(path, rows):
+    """`rows` as JSON lines or parquet, packed as the suffix says."""
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return
+    raw = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    pack = {".gz": gzip.compress, ".zst": zstandard.compress, ".xz": lzma.compress}
+    path.write_bytes(pack.get(path.suffix, bytes)(raw))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json.gz", "a.parquet"])
+def test_rows_read_alike_in_every_format(tmp_path, name):
+    path = tmp_path / name
+    write_rows(path, ROWS[:3])
+    assert data.read_documents(path) == ["first\nline", "second ünï \0"]
+    assert data.read_documents(path, ["content", "meta.raw"]) == ["nested 1", "nested 2"]
+    shares = [share for _, share in data.text.stream(path)]
+    assert shares == sorted(shares) and 0 < shares[0] and shares[-1] <= 1
+    for field, says in (("n", "'n' is int"), ("body", "no field 'body'"), ("meta.x", "'meta.x'")):
+        with pytest.raises(DelveError, match=says) as err:
+            data.read_documents(path, [field])
+        assert str(path) in str(err.value) and "\n" not in str(err.value)
+    write_rows(path, ROWS)
+    assert len(data.read_documents(path)) == 2  # null is an empty document
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b'{"text": "x"', ":2: not JSON"),
+        (b"[1]", ":2: not a JSON object"),
+        (b'{"content": "x", "id": 1}', ":2: no field 'text'; there are content, id"),
+        (b'{"text": 5}', ":2: field 'text' is int"),
+        (b'{"text": "\\ud800"}', ":2: field 'text' has half"),
+        (b'{"text": "\xff"}', ":2: not UTF-8 at byte 10"),
+    ],
+)
+def test_bad_json_lines_are_named(tmp_path, line, says):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "good"}\n' + line + b'\n{"text": "good"}\n')
+    with pytest.raises(DelveError) as err:
+        data.read_documents(path)
+    assert str(err.value).startswith(f"{path}{says}") and "\n" not in str(err.value)
+
+
+def test_bad_parquet_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    write_rows(path, ROWS)
+    for content in (path.read_bytes()[:-9], b"", b"PAR1 no"):
+        path.write_bytes(content)
+        with pytest.raises(DelveError, match="cannot be read") as err:
+            data.read_documents(path)
+        assert str(path) in str(err.value) and "\n" not in str(err.value)
+    with pytest.raises(DelveError, match="no such file"):
+        data.read_documents(tmp_path / "b.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DelveError, match="pip install pyarrow"):
+        data.read_documents(path)
+
+
+def test_hub_rows(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    read = lambda: list(data.text.stream_hub("pile", "o/pile", "c", "train", ["text"]))  # noqa: E731
+    with pytest.raises(DelveError, match="pip install datasets.*pile=DIR"):
+        read()
+    asked, rows = [], [{"text": "one"}, {"text": ""}, {"text": "two"}]
+    fake = types.ModuleType("datasets")
+    fake.load_dataset = lambda *a, **k: asked.append((a, k)) or iter(rows)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    assert read() == [("one", None), ("two", None)]
+    assert asked == [(("o/pile", "c"), {"split": "train", "streaming": True})]
+    rows.append({"content": "three"})
+    with pytest.raises(DelveError, match="row 4: no field 'text'"):
+        read()
+
+    def offline(*_, **__):
+        raise ConnectionError("no\nroute")
+
+    fake.load_dataset = offline
+    with pytest.raises(DelveError, match="o/pile stopped at row 0 .ConnectionError: no route"):
+        read()
 
 
 def test_stdlib_is_source_without_tests_or_packages():
@@ -162,7 +296,7 @@ def test_encode_documents_joins_with_eot(bpe, monkeypatch):
     for doc in docs:
         want += ([0] if want else []) + bpe.encode(doc).ids
     for size in (1, 64, 1 << 20):  # the cut into batches must not show
-        monkeypatch.setattr(data, "_BATCH_BYTES", size)
+        monkeypatch.setattr(data.tokenizer, "_BATCH_BYTES", size)
         ids = data.encode_documents(bpe, docs)
         assert ids.dtype == np.int32 and ids.tolist() == want
     assert data.encode_documents(bpe, []).shape == (0,)

@@ -166,11 +166,11 @@ def test_chunks_and_single_steps_continue_the_text(cfg, randomised):
 
 
 @functools.cache
-def gradient(cfg, remat=False):
+def gradient(cfg, how=models.F32):
     """Gradient of the nll of one following token per position, weighted by w_T."""
 
     def loss(params, tokens_BT, w_T):
-        logp = jax.nn.log_softmax(models.forward(cfg, params, tokens_BT, remat=remat)[0])
+        logp = jax.nn.log_softmax(models.forward(cfg, params, tokens_BT, how=how)[0])
         picked = jnp.take_along_axis(logp, (tokens_BT[..., None] + 1) % V, axis=-1)[..., 0]
         return -(picked * w_T).sum()
 
@@ -210,7 +210,7 @@ def test_the_hub_is_causal(randomised):
 
 def test_rematerialised_layers_give_the_same_gradient(randomised):
     args = randomised(UNEVEN, 13), text(1), jnp.ones(T)
-    plain, remat = gradient(UNEVEN)(*args), gradient(UNEVEN, remat=True)(*args)
+    plain, remat = (gradient(UNEVEN, models.Compute(remat=r))(*args) for r in ("none", "layer"))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * max(np.abs(a).max(), 1)),
         *jax.tree.map(np.asarray, (plain, remat)),
@@ -237,8 +237,7 @@ def test_a_single_superblock_has_no_hub(randomised):
     params = randomised(cfg, 11)
     f, _ = delve.features(cfg, params, text())
     for n, sub in cfg.streams:
-        x = models.embed_tokens(sub, params["streams"][n], text())
-        want, _ = models.backbone(sub, params["streams"][n], x)
+        want, _ = models.features(sub, params["streams"][n], text())
         np.testing.assert_allclose(f[n], want, rtol=0, atol=1e-5)
 
 

@@ -282,7 +282,7 @@ def jitted_gradient(cfg, remat):
     """Gradient of a sum over positions weighted by w_T, of every parameter."""
 
     def loss(params, tokens_BT, w_T):
-        logits_BTV = models.forward(cfg, params, tokens_BT, remat=remat)[0]
+        logits_BTV = models.forward(cfg, params, tokens_BT, how=models.Compute(remat=remat))[0]
         return jnp.einsum("btv,t->", jnp.sin(logits_BTV), w_T)
 
     return jax.jit(jax.value_and_grad(loss))
@@ -293,17 +293,18 @@ def test_causality_by_gradients(name, randomised):
     """Logits at t have a gradient from every token up to t and exactly none from later ones."""
     cfg, T, t = OURS[name], 9, 5
     tokens = np.arange(T)[None]  # each id once: row i of the table is the token at position i
-    _, grads = jitted_gradient(cfg, False)(randomised(cfg, 2), tokens, jnp.eye(T)[t])
+    _, grads = jitted_gradient(cfg, "none")(randomised(cfg, 2), tokens, jnp.eye(T)[t])
     used = np.abs(np.asarray(grads["embed"]["kernel"])).max(axis=1)
     assert (used[: t + 1] > 0).all()
     assert (used[t + 1 :] == 0).all()
 
 
+@pytest.mark.parametrize("how", ["layer", "dots"])
 @pytest.mark.parametrize("name", PARENTS)
-def test_rematerialised_layers_change_nothing(name, randomised):
+def test_rematerialised_layers_change_nothing(name, how, randomised):
     cfg = OURS[name]
     args = randomised(cfg, 3), np.arange(9)[None], jnp.ones(9)
-    plain, remat = (jitted_gradient(cfg, way)(*args) for way in (False, True))
+    plain, remat = (jitted_gradient(cfg, way)(*args) for way in ("none", how))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, remat)
 
 

@@ -5,6 +5,7 @@ Gradients: against central differences of those sums, and the implementations ag
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -83,14 +84,14 @@ def wkv_sums(k_BTA, v_BTA, w_A, u_A, a, b, p):
     return y, np.stack([ratio, log_b])
 
 
-def run_mamba(inputs, impl, chunk):
-    return selective_scan(**inputs, impl=impl, chunk=chunk)
+def run_mamba(inputs, impl, chunk, starts_BT=None):
+    return selective_scan(**inputs, starts_BT=starts_BT, impl=impl, chunk=chunk)
 
 
-def run_wkv(inputs, impl, chunk):
+def run_wkv(inputs, impl, chunk, starts_BT=None):
     inputs = dict(inputs)
     state = {name: inputs.pop(name) for name in "abp"}
-    y, new = wkv(**inputs, state=state, impl=impl, chunk=chunk)
+    y, new = wkv(**inputs, state=state, starts_BT=starts_BT, impl=impl, chunk=chunk)
     return y, jnp.stack([new["a"] / new["b"], new["p"] + jnp.log(new["b"])])
 
 
@@ -176,6 +177,67 @@ def test_parallel_forms_equal_the_sequential_reference(name, impl, chunk, T):
     outputs, grads = evaluate(name, impl, chunk, inputs)
     ref_outputs, ref_grads = evaluate(name, "sequential", 8, inputs)
     jax.tree.map(lambda a, b: close(a, b, 5e-6), (outputs, grads), (ref_outputs, ref_grads))
+
+
+STARTS = [[8, 13], [0, 1, 19]]  # of each row: a chunk's first token, a row's, a row's last
+
+
+@functools.cache
+def each_alone(name):
+    """Outputs and gradients of every document run by itself; only a row that does not start one
+    (row 0 here) reads the state."""
+
+    def run(inputs):
+        rows, last = [], []
+        for b, starts in enumerate(STARTS):
+            cuts, parts = sorted({0, *starts, 20}), []
+            for start, stop in itertools.pairwise(cuts):
+                part = {
+                    k: v[b : b + 1, start:stop] if v.ndim == 3 and k != "state_BEN"
+                    else v[b : b + 1] if k in STATE[name] else v
+                    for k, v in inputs.items()
+                }  # fmt: skip
+                if start in starts:
+                    part |= EMPTY[name]
+                out, state = RUN[name](part, "sequential", 8)
+                parts.append(out)
+            rows.append(jnp.concatenate(parts, axis=1))
+            last.append(state)
+        return jnp.concatenate(rows), jnp.concatenate(last, axis=0 if name == "mamba" else 1)
+
+    return projected(run)
+
+
+STATE = {"mamba": ("state_BEN",), "wkv": ("a", "b", "p")}
+EMPTY = {
+    "mamba": {"state_BEN": jnp.zeros((1, E, N))},
+    "wkv": {"a": jnp.zeros((1, A)), "b": jnp.zeros((1, A)), "p": jnp.full((1, A), NEG)},
+}
+
+
+def projected(run):
+    """inputs -> outputs and the gradient of a fixed random projection of them, jitted."""
+
+    def loss(inputs):
+        outputs = run(inputs)
+        return sum(jnp.sum(o * w) for o, w in zip(outputs, weights(outputs), strict=True)), outputs
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+@pytest.mark.parametrize("name,impl,chunk", WAYS)
+def test_documents_in_a_row_equal_documents_alone(name, impl, chunk):
+    """Values, last state and gradients; nothing reaches the state before a first document."""
+    inputs = to32(INPUTS[name](20, seed=9))
+    starts_BT = np.zeros((B, 20), bool)
+    for row, starts in zip(starts_BT, STARTS, strict=True):
+        row[starts] = True
+    run = projected(lambda i: RUN[name](i, impl, chunk, starts_BT=jnp.asarray(starts_BT)))
+    (_, outputs), grads = run(inputs)
+    (_, ref_outputs), ref_grads = each_alone(name)(inputs)
+    jax.tree.map(lambda a, b: close(a, b, 5e-6), (outputs, grads), (ref_outputs, ref_grads))
+    for key in STATE[name]:
+        assert not np.asarray(grads[key])[1].any()  # row 1 starts with a document
 
 
 @pytest.mark.parametrize("impl,chunk", WKV)

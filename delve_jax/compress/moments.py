@@ -79,7 +79,7 @@ def _programs(cfg: ParentConfig):
 
     @jax.jit
     def block(layer, x_BTD):
-        return models.block_apply(cfg, layer, x_BTD, None, mutable=["moments"])
+        return models.block_apply(cfg, layer, x_BTD, mutable=["moments"])
 
     @jax.jit
     def head_inputs(params, x_BTD):

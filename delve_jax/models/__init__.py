@@ -1,85 +1,157 @@
 """All model families behind one signature: (params, tokens_BT, state) -> (logits, state).
 
 Letters in names: B batch, T time, S cache length, L layer, V vocabulary, D model width, E inner
-(2D in Mamba), N state, R dt-rank, K rank of a factor (streams in a DELVE), H head, h head width,
-F MLP, W convolution width, A attention width (RWKV), I/O in and out of a map.
+(2D in Mamba), N state, R dt-rank, K rank of a factor (streams in a DELVE), H head, G head of keys
+and values where they are fewer, h head width, F MLP, W convolution width, A attention width (RWKV),
+I/O in and out of a map.
 """
+
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.sharding import NamedSharding
 
-from ..config import Config, ParentConfig
-from . import mamba, neox, rwkv
-from .linear import Linear, Norm, Table, layer_norm, linear, lookup, rms_norm, transposed
+from ..config import Config, DelveError, ParentConfig
+from . import attention, mamba, neox, qwen3, rwkv
+from .linear import (
+    Linear,
+    Norm,
+    Table,
+    at_least_f32,
+    layer_norm,
+    linear,
+    lookup,
+    rms_norm,
+    transposed,
+    truncated,
+)
 
-FAMILY = {"mamba": mamba, "rwkv": rwkv, "neox": neox}
+FAMILY = {"mamba": mamba, "rwkv": rwkv, "neox": neox, "qwen3": qwen3}
+RMS = ("mamba", "qwen3")  # families whose final norm is an RMSNorm
 
 
-def embed_tokens(cfg: ParentConfig, params: dict, tokens_BT: jax.Array) -> jax.Array:
+REMAT = {
+    "layer": None,  # nothing kept but the input of each layer
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a forward pass is computed, not what: static and hashable."""
+
+    dtype: str = "float32"  # activations and matmuls; norms, softmaxes, states, logits: >= float32
+    remat: str = "none"  # recompute in the backward pass: "layer" all, "dots" all but matmuls
+    residual: NamedSharding | None = None  # of x_BTD, after the embedding and every layer
+
+    def __post_init__(self):
+        if self.remat not in ("none", *REMAT):
+            raise DelveError(f"remat '{self.remat}': must be none, {' or '.join(REMAT)}")
+
+    def placed(self, x_BTD: jax.Array) -> jax.Array:
+        """x_BTD under the constraint `residual`."""
+        if self.residual is None:
+            return x_BTD
+        return lax.with_sharding_constraint(x_BTD, self.residual)
+
+
+F32 = Compute()
+
+
+def embed_tokens(cfg: ParentConfig, params: dict, tokens_BT, how: Compute = F32) -> jax.Array:
     """Token ids -> x_BTD, the input of the first layer (RWKV: after its extra LayerNorm)."""
-    x_BTD = lookup(params["embed"], tokens_BT).astype(jnp.float32)
+    x_BTD = how.placed(lookup(params["embed"], tokens_BT, how.dtype))
     return layer_norm(params["ln0"], x_BTD, cfg.norm_eps) if "ln0" in params else x_BTD
 
 
 def final_features(cfg: ParentConfig, params: dict, x_BTD: jax.Array) -> jax.Array:
     """f = final norm of the residual stream, the input of the head."""
-    if cfg.family == "mamba":
+    if cfg.family in RMS:
         return rms_norm(x_BTD, cfg.norm_eps, params["norm_f"]["scale"])
     eps = rwkv.FINAL_EPS if cfg.family == "rwkv" else cfg.norm_eps
     return layer_norm(params["norm_f"], x_BTD, eps)
 
 
 def head_logits(cfg: ParentConfig, params: dict, f_BTD: jax.Array) -> jax.Array:
-    """float32 logits over the V valid ids; padding rows of the table are cut."""
-    out = linear(params["head"], f_BTD) if "head" in params else transposed(params["embed"], f_BTD)
-    return out[..., : cfg.vocab_size].astype(jnp.float32)
+    """Logits over the V valid ids, summed in at least float32; padding rows are cut."""
+    out = at_least_f32(f_BTD.dtype)
+    if "head" in params:
+        return linear(params["head"], f_BTD, out)[..., : cfg.vocab_size]
+    return transposed(params["embed"], f_BTD, out)[..., : cfg.vocab_size]
 
 
-def block_apply(cfg: ParentConfig, layer: dict, x_BTD, ctx=None, mutable=False):
+def block_apply(cfg: ParentConfig, layer: dict, x_BTD, mutable=False):
     """One layer without cache; with mutable=["moments"] -> (x, {"moments": sums per map})."""
-    if ctx is None:
-        ctx, _ = FAMILY[cfg.family].context(cfg, x_BTD.shape[1], None, None)
+    ctx, _ = FAMILY[cfg.family].context(cfg, x_BTD)
     block = FAMILY[cfg.family].Block(cfg)
     out = block.apply({"params": layer}, x_BTD, None, ctx, mutable=mutable)
     return (out[0][0], out[1]) if mutable else out[0]
 
 
-def run_layers(cfg: ParentConfig, layers: dict, x_BTD, state, ctx, remat=False):
+def run_layers(cfg: ParentConfig, layers: dict, x_BTD, state, ctx, how: Compute = F32):
     """Scan x through stacked layers; `state` holds the layers' states or is None."""
     block = FAMILY[cfg.family].Block(cfg)
 
     def body(x, slot):
         layer, layer_state = slot
-        return block.apply({"params": layer}, x, layer_state, ctx)
+        x, new = block.apply({"params": layer}, x, layer_state, ctx)
+        return how.placed(x), new
 
-    if remat:
-        body = jax.checkpoint(body, prevent_cse=False)
+    if how.remat != "none":
+        body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[how.remat])
     return lax.scan(body, x_BTD, (layers, state))
 
 
-def backbone(cfg: ParentConfig, params: dict, x_BTD, state=None, mask_BT=None, remat=False):
-    """All layers and the final norm: x_BTD -> (f_BTD, state)."""
-    ctx, book = FAMILY[cfg.family].context(cfg, x_BTD.shape[1], mask_BT, state)
+def features(
+    cfg: Config, params: dict, tokens_BT, state=None, mask_BT=None, segments_BT=None,
+    how: Compute = F32,
+):  # fmt: skip
+    """All but the head -> (f_BTD after the final norm, state); a DELVE: {stream: f_BTD}.
+
+    state None: a whole text, nothing cached (training, scoring). With a state from `init_state` the
+    call continues it: prefill of any length and single steps alike. mask_BT marks real tokens of a
+    LEFT-padded batch. segments_BT, non-decreasing along T: the document of each token; nothing
+    passes from one to another (None: one document a row; not with a state).
+    """
+    if state is not None and segments_BT is not None:
+        raise ValueError("segments_BT: a state continues one document a row")
+    if cfg.family == "delve":
+        return delve.features(cfg, params, tokens_BT, state, mask_BT, segments_BT, how)
+    x_BTD = embed_tokens(cfg, params, tokens_BT, how)
+    ctx, book = FAMILY[cfg.family].context(cfg, x_BTD, mask_BT, state, segments_BT)
     old = None if state is None else state["layers"]
-    x_BTD, new = run_layers(cfg, params["layers"], x_BTD, old, ctx, remat)
+    x_BTD, new = run_layers(cfg, params["layers"], x_BTD, old, ctx, how)
     f_BTD = final_features(cfg, params, x_BTD)
     return f_BTD, None if state is None else {"layers": new, **book}
 
 
-def forward(cfg: Config, params: dict, tokens_BT, state=None, mask_BT=None, remat=False):
-    """-> (logits_BTV float32, state). Pure; cfg is static.
+def head(cfg: Config, params: dict, f) -> jax.Array:
+    """What `features` gives -> logits [.., V], float32 (float64 of float64 features).
 
-    state None: a whole text, nothing cached (training, scoring). With a state from `init_state` the
-    call continues it: prefill of any length and single steps alike. mask_BT marks real tokens of a
-    LEFT-padded batch. A DELVE with J = K returns log-probabilities.
+    Reads only `head_params`; a DELVE with J = K returns log-probabilities.
     """
+    return (delve.head if cfg.family == "delve" else head_logits)(cfg, params, f)
+
+
+def head_params(cfg: Config, params: dict) -> dict:
+    """The part of the tree that `head` reads: a loss can differentiate it chunk by chunk."""
     if cfg.family == "delve":
-        return delve.forward(cfg, params, tokens_BT, state, mask_BT, remat)
-    x_BTD = embed_tokens(cfg, params, tokens_BT)
-    f_BTD, state = backbone(cfg, params, x_BTD, state, mask_BT, remat)
-    return head_logits(cfg, params, f_BTD), state
+        streams = {n: head_params(sub, params["streams"][n]) for n, sub in cfg.streams}
+        return {"streams": streams, **{k: params[k] for k in ("pool", "gate") if k in params}}
+    name = "head" if "head" in params else "embed"
+    return {name: params[name]}
+
+
+def forward(
+    cfg: Config, params: dict, tokens_BT, state=None, mask_BT=None, segments_BT=None,
+    how: Compute = F32,
+):  # fmt: skip
+    """-> (logits_BTV, state): `head` of `features`. Pure; cfg and how are static."""
+    f, state = features(cfg, params, tokens_BT, state, mask_BT, segments_BT, how)
+    return head(cfg, params, f), state
 
 
 def init_state(cfg: Config, batch: int, max_len: int, dtype=jnp.float32) -> dict:
@@ -96,19 +168,7 @@ def grow(cfg: Config, state: dict, n: int) -> dict:
     """
     if cfg.family == "delve":
         return {name: grow(sub, state[name], n) for name, sub in cfg.streams}
-    if cfg.family != "neox":
-        return state
-    size = state["valid_BS"].shape[1]
-    more = int(state["index"]) + n - size
-    if more <= 0:
-        return state
-    more = max(more, size)
-    pad = lambda a: jnp.pad(a, ((0, 0),) * 2 + ((0, more),) + ((0, 0),) * 2)  # noqa: E731
-    return {
-        **state,
-        "layers": jax.tree.map(pad, state["layers"]),
-        "valid_BS": jnp.pad(state["valid_BS"], ((0, 0), (0, more))),
-    }
+    return attention.grow(state, n) if "valid_BS" in state else state
 
 
 def _init_parent(cfg: ParentConfig, key: jax.Array) -> dict:
@@ -116,11 +176,14 @@ def _init_parent(cfg: ParentConfig, key: jax.Array) -> dict:
     fam = FAMILY[cfg.family]
     k_layers, k_embed, k_head, k_more = jax.random.split(key, 4)
     x = jnp.zeros((1, 1, cfg.d_model))
-    ctx, _ = fam.context(cfg, 1, None, None)
+    ctx, _ = fam.context(cfg, x)
     block = lambda k: fam.Block(cfg).init(k, x, None, ctx)["params"]  # noqa: E731
     layers = jax.vmap(block)(jax.random.split(k_layers, cfg.n_layers))
-    table = Table(cfg.vocab_rows, cfg.d_model, cfg.pad_rank("embed"))
-    norm = Norm("rms" if cfg.family == "mamba" else "layer", cfg.norm_eps)
+    of_embed = of_head = nn.initializers.normal(0.02)
+    if cfg.family == "qwen3":
+        of_embed, of_head = truncated(1 / cfg.d_model), truncated(cfg.d_model**-0.5)
+    table = Table(cfg.vocab_rows, cfg.d_model, cfg.pad_rank("embed"), of_embed)
+    norm = Norm("rms" if cfg.family in RMS else "layer", cfg.norm_eps)
     params = {
         "embed": table.init(k_embed, jnp.zeros((1,), int))["params"],
         "layers": fam.init_layers(cfg, layers, k_more),
@@ -129,14 +192,15 @@ def _init_parent(cfg: ParentConfig, key: jax.Array) -> dict:
     if cfg.family == "rwkv":
         params["ln0"] = Norm("layer", cfg.norm_eps).init(key, x)["params"]
     if not cfg.tie_embeddings:
-        head = Linear(cfg.vocab_rows, cfg.pad_rank("head"))
+        head = Linear(cfg.vocab_rows, cfg.pad_rank("head"), False, of_head)
         params["head"] = head.init(k_head, x)["params"]
     return params
 
 
 def init_params(cfg: Config, key: jax.Array) -> dict:
     """Random parameters (float32) as a plain nested dict."""
-    return (delve.init_params if cfg.family == "delve" else _init_parent)(cfg, key)
+    params = (delve.init_params if cfg.family == "delve" else _init_parent)(cfg, key)
+    return jax.tree.map(lambda a: a.astype(jnp.float32), params)  # under x64 they are float64
 
 
 def abstract_params(cfg: Config) -> dict:

@@ -14,7 +14,7 @@ from jax import lax
 
 from .. import models
 from ..config import DelveConfig
-from .linear import rms_norm
+from .linear import rms_norm, wide
 
 HUB_EPS = 1e-6
 
@@ -38,21 +38,26 @@ def choose_superblocks(depths: list[int]) -> int:
 
 def hub(cfg: DelveConfig, p: dict, h: dict) -> dict:
     """z = sum_q rms(h_q) A_q;  h_p += sigma_p ((g_p z) B_p), all streams at once (hybrid.md §5)."""
-    z_BTr = sum(rms_norm(h[n], HUB_EPS) @ p[n]["a"].astype(h[n].dtype) for n in cfg.names)
+    p = {n: jax.tree.map(lambda a, n=n: a.astype(h[n].dtype), p[n]) for n in cfg.names}
+    z_BTr = sum(rms_norm(h[n], HUB_EPS) @ p[n]["a"] for n in cfg.names)
     return {
         n: h[n] + lax.stop_gradient(p[n]["sigma"]) * ((p[n]["g"] * z_BTr) @ p[n]["b"])
         for n in cfg.names
     }
 
 
-def features(cfg: DelveConfig, params: dict, tokens_BT, state=None, mask_BT=None, remat=False):
+def features(
+    cfg: DelveConfig, params: dict, tokens_BT, state=None, mask_BT=None, segments_BT=None,
+    how: models.Compute = models.F32,
+):  # fmt: skip
     """Run all streams -> ({name: f_BTD after the stream's final norm}, state)."""
     S, streams = cfg.n_superblocks, params["streams"]
     h, ctx, book, layers, caches, bounds = {}, {}, {}, {}, {}, {}
     for n, sub in cfg.streams:
         old = None if state is None else state[n]
-        h[n] = models.embed_tokens(sub, streams[n], tokens_BT)
-        ctx[n], book[n] = models.FAMILY[sub.family].context(sub, tokens_BT.shape[1], mask_BT, old)
+        h[n] = models.embed_tokens(sub, streams[n], tokens_BT, how)
+        family = models.FAMILY[sub.family]
+        ctx[n], book[n] = family.context(sub, h[n], mask_BT, old, segments_BT)
         layers[n] = streams[n]["layers"]
         caches[n] = None if state is None else old["layers"]
         bounds[n] = boundaries(sub.n_layers, S)
@@ -63,7 +68,7 @@ def features(cfg: DelveConfig, params: dict, tokens_BT, state=None, mask_BT=None
         if hub_p is not None:
             h = hub(cfg, hub_p, h)
         out = {
-            n: models.run_layers(sub, layers_s[n], h[n], caches_s[n], ctx[n], remat)
+            n: models.run_layers(sub, layers_s[n], h[n], caches_s[n], ctx[n], how)
             for n, sub in cfg.streams
         }
         return {n: x for n, (x, _) in out.items()}, {n: c for n, (_, c) in out.items()}
@@ -100,8 +105,8 @@ def _rows(tree, start: int, stop: int):
 
 def gate(cfg: DelveConfig, p: dict, f: dict) -> jax.Array:
     """delta_BTK of the token gate; zero while w2 is zero (hybrid.md §9)."""
-    parts = [rms_norm(f[n], HUB_EPS) @ p["p"][n] for n in cfg.names]
-    return (jax.nn.silu(jnp.concatenate(parts, axis=-1) @ p["w1"]) @ p["w2"]).astype(jnp.float32)
+    parts = [rms_norm(wide(f[n]), HUB_EPS) @ wide(p["p"][n]) for n in cfg.names]
+    return jax.nn.silu(jnp.concatenate(parts, axis=-1) @ wide(p["w1"])) @ wide(p["w2"])
 
 
 def pool_logits(cfg: DelveConfig, pool: dict, delta_BTK, logits: list[jax.Array]) -> jax.Array:
@@ -115,15 +120,16 @@ def pool_logits(cfg: DelveConfig, pool: dict, delta_BTK, logits: list[jax.Array]
 
 
 def stream_logits(cfg: DelveConfig, params: dict, f: dict) -> list[jax.Array]:
-    """Each stream's own float32 logits, in the order of the streams."""
+    """Each stream's own logits, in the order of the streams."""
     return [models.head_logits(sub, params["streams"][n], f[n]) for n, sub in cfg.streams]
 
 
-def forward(cfg: DelveConfig, params: dict, tokens_BT, state=None, mask_BT=None, remat=False):
-    """-> (logits_BTV, state); see `models.forward`."""
-    f, state = features(cfg, params, tokens_BT, state, mask_BT, remat)
-    delta_BTK = gate(cfg, params["gate"], f) if cfg.gate_proj else jnp.zeros(len(cfg.names))
-    return pool_logits(cfg, params["pool"], delta_BTK, stream_logits(cfg, params, f)), state
+def head(cfg: DelveConfig, params: dict, f: dict) -> jax.Array:
+    """Features of all streams -> pooled logits; see `models.head`."""
+    logits = stream_logits(cfg, params, f)
+    if cfg.gate_proj:
+        return pool_logits(cfg, params["pool"], gate(cfg, params["gate"], f), logits)
+    return pool_logits(cfg, params["pool"], jnp.zeros(len(logits), logits[0].dtype), logits)
 
 
 def init_joints(cfg: DelveConfig, key: jax.Array) -> dict:

@@ -5,6 +5,8 @@ zero in BOTH factors beyond the true rank, so training leaves them zero. While c
 moments (collection "moments" mutable), every map sows what its closed form needs.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -12,27 +14,40 @@ from flax import linen as nn
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def linear(p: dict, x: jax.Array) -> jax.Array:
-    """x [.., I] times the map `p` plus its bias -> [.., O], in x's dtype."""
+def at_least_f32(dtype) -> jnp.dtype:
+    """The dtype of norms, softmaxes, states and logits: float32, or float64 where x is."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """x in at least float32."""
+    return x.astype(at_least_f32(x.dtype))
+
+
+def linear(p: dict, x: jax.Array, out=None) -> jax.Array:
+    """x [.., I] times the map `p` plus its bias -> [.., O], in x's dtype, or summed up in `out`."""
     if "kernel" in p:
-        y = x @ p["kernel"].astype(x.dtype)
+        y = jnp.matmul(x, p["kernel"].astype(x.dtype), preferred_element_type=out)
     else:
-        y = (x @ p["v"].astype(x.dtype)) @ p["u"].astype(x.dtype)
-    return y + p["bias"].astype(x.dtype) if "bias" in p else y
+        z = x @ p["v"].astype(x.dtype)
+        y = jnp.matmul(z, p["u"].astype(x.dtype), preferred_element_type=out)
+    return y + p["bias"].astype(y.dtype) if "bias" in p else y
 
 
-def lookup(p: dict, tokens: jax.Array) -> jax.Array:
-    """Rows of a vocabulary table [V, D], dense or factored, for integer ids."""
+def lookup(p: dict, tokens: jax.Array, dtype=None) -> jax.Array:
+    """Rows of a vocabulary table [V, D], dense or factored, for integer ids, as `dtype`."""
     if "kernel" in p:
-        return jnp.take(p["kernel"], tokens, axis=0)
-    return jnp.take(p["v"], tokens, axis=0) @ p["u"]
+        return jnp.take(p["kernel"], tokens, axis=0).astype(dtype or p["kernel"].dtype)
+    rows = jnp.take(p["v"], tokens, axis=0).astype(dtype or p["v"].dtype)
+    return rows @ p["u"].astype(rows.dtype)
 
 
-def transposed(p: dict, x: jax.Array) -> jax.Array:
+def transposed(p: dict, x: jax.Array, out=None) -> jax.Array:
     """x [.., D] times the transpose of a table [V, D] -> [.., V]: the head of a tied model."""
     if "kernel" in p:
-        return x @ p["kernel"].astype(x.dtype).T
-    return (x @ p["u"].astype(x.dtype).T) @ p["v"].astype(x.dtype).T
+        return jnp.matmul(x, p["kernel"].astype(x.dtype).T, preferred_element_type=out)
+    z = x @ p["u"].astype(x.dtype).T
+    return jnp.matmul(z, p["v"].astype(x.dtype).T, preferred_element_type=out)
 
 
 def materialise(p: dict) -> jax.Array:
@@ -45,11 +60,15 @@ def moments(x: jax.Array, y: jax.Array, weight: jax.Array | None = None) -> dict
 
     `gram` [n, n] is over the narrow side of the map: outputs where O <= I, else inputs.
     """
-    x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    y = y.reshape(-1, y.shape[-1]).astype(jnp.float32)
+    x, y = wide(x.reshape(-1, x.shape[-1])), wide(y.reshape(-1, y.shape[-1]))
     side = x if y.shape[-1] > x.shape[-1] else y
     gram = jnp.matmul(side.T, side, precision=HIGHEST)
-    return {"gram": gram, "sum_in": x.sum(0), "count": jnp.float32(x.shape[0])}
+    return {"gram": gram, "sum_in": x.sum(0), "count": jnp.asarray(x.shape[0], gram.dtype)}
+
+
+def truncated(std: float) -> Callable:
+    """Normal numbers times `std`, none beyond 3 of them (their true deviation is 0.9866 std)."""
+    return nn.initializers.truncated_normal(std, lower=-3.0, upper=3.0)
 
 
 class Linear(nn.Module):
@@ -58,16 +77,16 @@ class Linear(nn.Module):
     features: int
     rank: int | None = None
     use_bias: bool = False
-    init_scale: float = 0.02
+    initial: Callable = nn.initializers.normal(0.02)
 
     @nn.compact
     def __call__(self, x):
-        init, i_dim = nn.initializers.normal(self.init_scale), x.shape[-1]
+        i_dim = x.shape[-1]
         if self.rank is None:
-            p = {"kernel": self.param("kernel", init, (i_dim, self.features))}
+            p = {"kernel": self.param("kernel", self.initial, (i_dim, self.features))}
         else:
             p = {
-                "v": self.param("v", init, (i_dim, self.rank)),
+                "v": self.param("v", self.initial, (i_dim, self.rank)),
                 "u": self.param("u", nn.initializers.normal(1 / self.rank**0.5),
                                 (self.rank, self.features)),
             }  # fmt: skip
@@ -88,15 +107,15 @@ class Table(nn.Module):
     rows: int
     features: int
     rank: int | None = None
+    initial: Callable = nn.initializers.normal(0.02)
 
     @nn.compact
     def __call__(self, tokens):
-        init = nn.initializers.normal(0.02)
         if self.rank is None:
-            p = {"kernel": self.param("kernel", init, (self.rows, self.features))}
+            p = {"kernel": self.param("kernel", self.initial, (self.rows, self.features))}
         else:
             p = {
-                "v": self.param("v", init, (self.rows, self.rank)),
+                "v": self.param("v", self.initial, (self.rows, self.rank)),
                 "u": self.param("u", nn.initializers.normal(1.0), (self.rank, self.features)),
             }
         return lookup(p, tokens)
@@ -104,7 +123,7 @@ class Table(nn.Module):
 
 def layer_norm(p: dict, x: jax.Array, eps: float) -> jax.Array:
     """LayerNorm with the biased variance in float32 (two passes: the fast form loses digits)."""
-    x32 = x.astype(jnp.float32)
+    x32 = wide(x)
     centred = x32 - x32.mean(-1, keepdims=True)
     y = centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + eps)
     return (y * p["scale"] + p["bias"]).astype(x.dtype)
@@ -112,7 +131,7 @@ def layer_norm(p: dict, x: jax.Array, eps: float) -> jax.Array:
 
 def rms_norm(x: jax.Array, eps: float, scale: jax.Array | None = None) -> jax.Array:
     """RMSNorm in float32, with or without gain."""
-    x32 = x.astype(jnp.float32)
+    x32 = wide(x)
     y = x32 * jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + eps)
     return (y if scale is None else y * scale).astype(x.dtype)
 

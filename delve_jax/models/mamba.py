@@ -9,17 +9,25 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..config import MambaConfig
-from .linear import Linear, Norm
-from .scan import selective_scan
+from .linear import Linear, Norm, at_least_f32, wide
+from .scan import selective_scan, starts_of
 
 FACTORABLE = ("in_proj", "out_proj")  # x_proj and dt_proj are narrow already
 
 
-def causal_conv(u_BTE, kernel_WE, bias_E, state_BWE):
-    """Depthwise causal convolution continuing from the last W-1 inputs -> (y_BTE, new state)."""
+def causal_conv(u_BTE, kernel_WE, bias_E, state_BWE, segments_BT=None):
+    """Depthwise causal convolution continuing from the last W-1 inputs -> (y_BTE, new state).
+
+    With segments a tap that would reach into another document reads zero.
+    """
     width, T = kernel_WE.shape[0], u_BTE.shape[1]
     padded = jnp.concatenate([state_BWE.astype(u_BTE.dtype), u_BTE], axis=1)
-    y = sum(padded[:, w : w + T] * kernel_WE[w].astype(u_BTE.dtype) for w in range(width))
+    taps = [padded[:, w : w + T] for w in range(width)]
+    if segments_BT is not None:
+        past_BT = jnp.pad(segments_BT, ((0, 0), (width - 1, 0)), mode="edge")
+        same = [past_BT[:, w : w + T] == segments_BT for w in range(width)]
+        taps = [jnp.where(s[..., None], tap, 0) for s, tap in zip(same, taps, strict=True)]
+    y = sum(tap * kernel_WE[w].astype(u_BTE.dtype) for w, tap in enumerate(taps))
     return y + bias_E.astype(u_BTE.dtype), padded[:, T:]
 
 
@@ -33,7 +41,7 @@ class Block(nn.Module):
         cfg = self.cfg
         e_dim, n_dim, r_dim = cfg.d_inner, cfg.d_state, cfg.dt_rank
         lin = lambda name, features, bias=False, scale=0.02: Linear(  # noqa: E731
-            features, cfg.pad_rank(name), bias, scale, name=name
+            features, cfg.pad_rank(name), bias, nn.initializers.normal(scale), name=name
         )
         # padded positions must not enter the convolution or the state: zero them on both sides
         mask = ctx["mask_BT"]
@@ -47,18 +55,20 @@ class Block(nn.Module):
             if state is None
             else state["conv"]
         )
-        u_BTE, conv_state = causal_conv(keep(u_BTE), conv["kernel"], conv["bias"], old)
+        u_BTE, conv_state = causal_conv(
+            keep(u_BTE), conv["kernel"], conv["bias"], old, ctx["segments_BT"]
+        )
         u_BTE = keep(nn.silu(u_BTE))
 
         dt, B_BTN, C_BTN = jnp.split(
             lin("x_proj", r_dim + 2 * n_dim)(u_BTE), [r_dim, r_dim + n_dim], axis=-1
         )
-        dt_BTE = jax.nn.softplus(lin("dt_proj", e_dim, True, r_dim**-0.5)(dt).astype(jnp.float32))
+        dt_BTE = jax.nn.softplus(wide(lin("dt_proj", e_dim, True, r_dim**-0.5)(dt)))
         A_log = self.param("A_log", _init_a_log, (e_dim, n_dim))
         D_E = self.param("D", nn.initializers.ones, (e_dim,))
         y_BTE, ssm = selective_scan(
-            u_BTE, dt_BTE, -jnp.exp(A_log.astype(jnp.float32)), B_BTN, C_BTN, D_E,
-            None if state is None else state["ssm"],
+            u_BTE, dt_BTE, -jnp.exp(wide(A_log)), B_BTN, C_BTN, D_E,
+            None if state is None else state["ssm"], ctx["starts_BT"],
         )  # fmt: skip
         scale = 0.02 / cfg.n_layers**0.5
         y = lin("out_proj", cfg.d_model, cfg.use_bias, scale)(y_BTE * nn.silu(z_BTE))
@@ -98,11 +108,14 @@ def init_state(cfg: MambaConfig, batch: int, max_len: int, dtype=jnp.float32) ->
     return {
         "layers": {
             "conv": jnp.zeros((*lead, cfg.d_conv - 1, cfg.d_inner), dtype),
-            "ssm": jnp.zeros((*lead, cfg.d_inner, cfg.d_state), jnp.float32),
+            "ssm": jnp.zeros((*lead, cfg.d_inner, cfg.d_state), at_least_f32(dtype)),
         }
     }
 
 
-def context(cfg: MambaConfig, T: int, mask_BT, state) -> tuple[dict, dict]:
+def context(
+    cfg: MambaConfig, x_BTD, mask_BT=None, state=None, segments_BT=None
+) -> tuple[dict, dict]:
     """What every layer needs to know of this call, and the state's own bookkeeping (none)."""
-    return {"mask_BT": mask_BT}, {}
+    starts_BT = starts_of(segments_BT)
+    return {"mask_BT": mask_BT, "segments_BT": segments_BT, "starts_BT": starts_BT}, {}

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..config import RwkvConfig
-from .linear import Linear, Norm
-from .scan import NEG, wkv
+from .linear import Linear, Norm, at_least_f32, wide
+from .scan import NEG, starts_of, wkv
 
 FACTORABLE = (
     "att/key", "att/value", "att/receptance", "att/output", "ffn/key", "ffn/value",
@@ -20,9 +20,10 @@ FACTORABLE = (
 FINAL_EPS = 1e-5  # ln_out ignores layer_norm_epsilon in every published implementation
 
 
-def shifted(h_BTD, last_BD):
-    """The previous position's input: `last_BD` (zeros at the start) before the first."""
-    return jnp.concatenate([last_BD[:, None].astype(h_BTD.dtype), h_BTD[:, :-1]], axis=1)
+def shifted(h_BTD, last_BD, starts_BT=None):
+    """The previous position's input: `last_BD` before the first, zeros where a document starts."""
+    prev_BTD = jnp.concatenate([last_BD[:, None].astype(h_BTD.dtype), h_BTD[:, :-1]], axis=1)
+    return prev_BTD if starts_BT is None else jnp.where(starts_BT[..., None], 0, prev_BTD)
 
 
 def mix(h_BTD, prev_BTD, m_D):
@@ -37,22 +38,22 @@ class TimeMix(nn.Module):
     cfg: RwkvConfig
 
     @nn.compact
-    def __call__(self, h_BTD, state, mask_BT):
-        cfg = self.cfg
+    def __call__(self, h_BTD, state, ctx):
+        cfg, mask_BT = self.cfg, ctx["mask_BT"]
         lin = lambda name, features, scale=0.02: Linear(  # noqa: E731
-            features, cfg.pad_rank(f"att/{name}"), False, scale, name=name
+            features, cfg.pad_rank(f"att/{name}"), False, nn.initializers.normal(scale), name=name
         )
         vec = lambda name, dim: self.param(name, nn.initializers.zeros, (dim,))  # noqa: E731
-        prev = shifted(h_BTD, state["shift"])
+        prev = shifted(h_BTD, state["shift"], ctx["starts_BT"])
         k = lin("key", cfg.d_att)(mix(h_BTD, prev, vec("mix_k", cfg.d_model)))
         v = lin("value", cfg.d_att)(mix(h_BTD, prev, vec("mix_v", cfg.d_model)))
         r = lin("receptance", cfg.d_att)(mix(h_BTD, prev, vec("mix_r", cfg.d_model)))
         if mask_BT is not None:  # left padding: weight e^k = 0, so the state stays empty
-            k = jnp.where(mask_BT[..., None], k.astype(jnp.float32), NEG)
+            k = jnp.where(mask_BT[..., None], wide(k), NEG)
             v = jnp.where(mask_BT[..., None], v, 0)
-        w_A = -jnp.exp(vec("time_decay", cfg.d_att).astype(jnp.float32))
-        u_A = vec("time_first", cfg.d_att).astype(jnp.float32)
-        y, new = wkv(k, v, w_A, u_A, {name: state[name] for name in "abp"})
+        w_A = -jnp.exp(wide(vec("time_decay", cfg.d_att)))
+        u_A = wide(vec("time_first", cfg.d_att))
+        y, new = wkv(k, v, w_A, u_A, {name: state[name] for name in "abp"}, ctx["starts_BT"])
         out = lin("output", cfg.d_model, 0.02 / cfg.n_layers**0.5)
         gated = jax.nn.sigmoid(r) * y.astype(r.dtype)
         return out(gated), {"shift": h_BTD[:, -1], **new}
@@ -64,13 +65,13 @@ class ChannelMix(nn.Module):
     cfg: RwkvConfig
 
     @nn.compact
-    def __call__(self, h_BTD, shift_BD):
+    def __call__(self, h_BTD, shift_BD, starts_BT):
         cfg = self.cfg
         lin = lambda name, features, scale=0.02: Linear(  # noqa: E731
-            features, cfg.pad_rank(f"ffn/{name}"), False, scale, name=name
+            features, cfg.pad_rank(f"ffn/{name}"), False, nn.initializers.normal(scale), name=name
         )
         vec = lambda name: self.param(name, nn.initializers.zeros, (cfg.d_model,))  # noqa: E731
-        prev = shifted(h_BTD, shift_BD)
+        prev = shifted(h_BTD, shift_BD, starts_BT)
         k = lin("key", cfg.d_ffn)(mix(h_BTD, prev, vec("mix_k")))
         r = lin("receptance", cfg.d_model)(mix(h_BTD, prev, vec("mix_r")))
         value = lin("value", cfg.d_model, 0.02 / cfg.n_layers**0.5)
@@ -93,10 +94,10 @@ class Block(nn.Module):
             old = jax.tree.map(lambda a: a[0], one)
         h = keep(Norm("layer", cfg.norm_eps, name="ln1")(x_BTD))
         att = {"shift": old["att_shift"], "a": old["a"], "b": old["b"], "p": old["p"]}
-        y, new = TimeMix(cfg, name="att")(h, att, mask)
+        y, new = TimeMix(cfg, name="att")(h, att, ctx)
         x_BTD = x_BTD + y
         h = keep(Norm("layer", cfg.norm_eps, name="ln2")(x_BTD))
-        x_BTD = x_BTD + ChannelMix(cfg, name="ffn")(h, old["ffn_shift"])
+        x_BTD = x_BTD + ChannelMix(cfg, name="ffn")(h, old["ffn_shift"], ctx["starts_BT"])
         if state is None:
             return x_BTD, None
         new = {"att_shift": new.pop("shift"), "ffn_shift": h[:, -1], **new}
@@ -123,19 +124,22 @@ def init_layers(cfg: RwkvConfig, layers: dict, key: jax.Array) -> dict:
 
 def init_state(cfg: RwkvConfig, batch: int, max_len: int, dtype=jnp.float32) -> dict:
     """Empty state of all layers; constant in length (`max_len` is ignored)."""
-    lead = (cfg.n_layers, batch)
+    lead, wide_dtype = (cfg.n_layers, batch), at_least_f32(dtype)
     zeros = lambda dim, kind: jnp.zeros((*lead, dim), kind)  # noqa: E731
     return {
         "layers": {
             "att_shift": zeros(cfg.d_model, dtype),
             "ffn_shift": zeros(cfg.d_model, dtype),
-            "a": zeros(cfg.d_att, jnp.float32),
-            "b": zeros(cfg.d_att, jnp.float32),
-            "p": jnp.full((*lead, cfg.d_att), NEG, jnp.float32),
+            "a": zeros(cfg.d_att, wide_dtype),
+            "b": zeros(cfg.d_att, wide_dtype),
+            "p": jnp.full((*lead, cfg.d_att), NEG, wide_dtype),
         }
     }
 
 
-def context(cfg: RwkvConfig, T: int, mask_BT, state) -> tuple[dict, dict]:
+def context(
+    cfg: RwkvConfig, x_BTD, mask_BT=None, state=None, segments_BT=None
+) -> tuple[dict, dict]:
     """What every layer needs to know of this call, and the state's own bookkeeping (none)."""
-    return {"mask_BT": mask_BT}, {}
+    starts_BT = starts_of(segments_BT)
+    return {"mask_BT": mask_BT, "segments_BT": segments_BT, "starts_BT": starts_BT}, {}

@@ -1,48 +1,125 @@
 """One training loop for everything: a jitted, sharded step, a bar, metrics.jsonl, exact resume.
 
 The data position is the step: `dataset[step]` is a pure function, so a run that is killed continues
-from its last saved state and sees the batches it would have seen.
+from its last saved state and sees the batches it would have seen, on any number of devices or
+processes. A step whose loss or gradient is not finite changes nothing but a counter; SIGTERM saves
+and exits 0.
 """
 
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
+from jax.experimental import multihost_utils
 
 from .. import checkpoint, parallel
 from ..config import DelveError
 from ..metrics import MetricsLog, progress
 
+MAX_IN_A_ROW, MAX_SKIPPED = 5, 50  # steps without effect before a run gives up
 
-def make_step(loss_fn, optimizer, mesh, state, frozen):
-    """The compiled step (state, frozen, tokens_BT) -> (state, metrics), sharded on `mesh`.
 
-    `state` and `frozen` may be abstract; state = {"params", "opt"}, donated.
+@dataclass(frozen=True)
+class Saving:
+    """When states are written and which stay: Delphi's rule is 10 minutes, one kept every 5,000."""
+
+    every: int = 200  # steps between states
+    minutes: float = 10.0  # a state is written after so long, however slow the steps are
+    keep: int = 2  # newest states that stay
+    keep_every: int | None = None  # multiples of so many steps stay for good
+
+
+def init_state(params, optimizer) -> dict:
+    """{"params", "opt", "skipped": [in all, in a row]}; a pure function, for jit and eval_shape."""
+    return {"params": params, "opt": optimizer.init(params), "skipped": jnp.zeros(2, jnp.int32)}
+
+
+def make_step(loss_fn, optimizer, mesh, state, frozen, accumulate: int = 1):
+    """The compiled step (state, frozen, tokens) -> (state, metrics), sharded on `mesh`.
+
+    `state` and `frozen` may be abstract; state (donated) is that of `init_state`. tokens: [B, T+1],
+    or [accumulate, B, T+1]: the mean gradient over the first axis is taken before the update.
     """
-
-    def step(state, frozen, tokens_BT):
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, metrics), grads = grad_fn(state["params"], frozen, tokens_BT)
-        updates, opt = optimizer.update(grads, state["opt"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
-        return {"params": params, "opt": opt}, metrics
-
     shard_state = parallel.shardings(mesh, state)
     shard_frozen = parallel.shardings(mesh, frozen)
-    rows, replicated = parallel.batch_sharding(mesh), parallel.replicated(mesh)
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def gradient(params, frozen, tokens):
+        if accumulate == 1:
+            return grad_fn(params, frozen, tokens)
+        shapes = jax.eval_shape(grad_fn, params, frozen, tokens[0])
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        zeros = zeros[0], lax.with_sharding_constraint(zeros[1], shard_state["params"])
+
+        def add(total, tokens_BT):
+            return jax.tree.map(jnp.add, total, grad_fn(params, frozen, tokens_BT)), None
+
+        total, _ = lax.scan(add, zeros, tokens)
+        return jax.tree.map(lambda x: x / accumulate, total)
+
+    def step(state, frozen, tokens):
+        (loss, metrics), grads = gradient(state["params"], frozen, tokens)
+        norm = optax.tree.norm(grads)
+        updates, opt = optimizer.update(grads, state["opt"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        new, old = {"params": params, "opt": opt}, {k: state[k] for k in ("params", "opt")}
+        new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+        total, row = state["skipped"]
+        new["skipped"] = jnp.stack([total + ~good, jnp.where(good, 0, row + 1)])
+        metrics = {"loss": loss, "grad_norm": norm, **metrics, "skipped": new["skipped"]}
+        return new, metrics
+
     return jax.jit(
         step,
-        in_shardings=(shard_state, shard_frozen, rows),
-        out_shardings=(shard_state, replicated),
+        in_shardings=(
+            shard_state,
+            shard_frozen,
+            parallel.batch_sharding(mesh, int(accumulate > 1)),
+        ),
+        out_shardings=(shard_state, parallel.replicated(mesh)),
         donate_argnums=0,
     )
 
 
+class _Terminated:
+    """True once SIGTERM was received (by any process of the run: all stop at the same step)."""
+
+    def __init__(self):
+        self.received = False
+
+    def __enter__(self):
+        # with several processes JAX's own service holds the signal and agrees on a step
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def _note(self, *_):
+        self.received = True
+
+    def at(self, step: int) -> bool:
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.received
+
+    def __exit__(self, *_):
+        if hasattr(self, "_before"):
+            signal.signal(signal.SIGTERM, self._before)
+
+
 def fit(
-    params: dict,
+    params: dict | tuple,
     loss_fn,
     dataset,
     optimizer: optax.GradientTransformation,
@@ -51,62 +128,155 @@ def fit(
     workdir: Path,
     frozen=(),
     mesh=None,
-    save_every: int = 200,
+    accumulate: int = 1,
+    saving: Saving = Saving(),  # noqa: B008  (frozen)
     log_every: int = 10,
     desc: str = "train",
 ) -> dict:
     """Train to `steps` and return the parameters; resumes from `workdir/state` when there is one.
 
-    dataset[i]: int32 [B, T+1] token windows. Appends to `workdir/metrics.jsonl`. A non-finite loss
-    stops the run with DelveError; the last saved state stays.
+    params: arrays (copied, the caller keeps them), or (shapes, make) where make() -> arrays is
+    called only when there is no state to resume and its arrays become the state. dataset: a grain
+    MapDataset whose element i is this process's rows of step i, int32 [B / shards, T+1]
+    (`parallel.feed`). Appends to `workdir/metrics.jsonl`.
+    DelveError: too many steps were not finite; the last good state stays.
     """
     mesh = mesh or parallel.make_mesh(None)
     workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    abstract = jax.eval_shape(lambda p: {"params": p, "opt": optimizer.init(p)}, params)
-    sharded = parallel.shardings(mesh, abstract)
-    start = checkpoint.latest_step(workdir / "state") or 0
-    if start:
-        shapes = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, sharded
-        )
-        state = checkpoint.restore_step(workdir / "state", start, shapes)
-    else:
-        # a copy: the step donates its state, the caller keeps its parameters
-        init = jax.jit(
-            lambda p: {"params": jax.tree.map(lambda a: a + 0, p), "opt": optimizer.init(p)},
-            out_shardings=sharded,
-        )
-        state = init(params)
+    shapes, make = params if isinstance(params, tuple) else (params, None)
+    abstract = parallel.abstract(mesh, jax.eval_shape(lambda p: init_state(p, optimizer), shapes))
+    states = checkpoint.Steps(workdir / "state", saving.keep, saving.keep_every)
+    start, state = states.restore(abstract, say) or (0, None)
+    if state is None:
+        shard = jax.tree.map(lambda x: x.sharding, abstract)
+        init = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shard, donate_argnums=0)
+        made = make() if make else jax.tree.map(jnp.copy, params)
+        state = init(jax.device_put(made, shard["params"]))
+        del made
     frozen = jax.device_put(frozen, parallel.shardings(mesh, frozen))
-    step_fn = make_step(loss_fn, optimizer, mesh, state, frozen)
-    rows = parallel.batch_sharding(mesh)
-
-    with (
-        MetricsLog(workdir / "metrics.jsonl") as log,
-        progress(steps, desc, unit="step") as bar,
-    ):
-        log.rewind(start)
+    step_fn = make_step(loss_fn, optimizer, mesh, state, frozen, accumulate)
+    main = parallel.is_main()
+    log = MetricsLog(workdir / "metrics.jsonl") if main else None
+    bar = progress(steps, desc, unit="step", hide=not main)
+    with contextlib.ExitStack() as stack:
+        terminated = stack.enter_context(_Terminated())
+        stack.callback(_finish, states)
+        stack.enter_context(bar)
+        if log:
+            stack.enter_context(log).rewind(start)
         bar.update(start)
-        last_time, last_step, pending = time.perf_counter(), start, None
-        for i in range(start, steps):
-            tokens = np.asarray(dataset[i], np.int32)
-            state, metrics = step_fn(state, frozen, jax.device_put(tokens, rows))
+        clock = _Clock(start)
+        pending, saved_at = None, time.monotonic()
+        for i, rows in zip(range(start, steps), _prefetched(dataset, start, steps), strict=True):
+            rows = np.asarray(rows, np.int32)
+            if accumulate > 1:
+                rows = rows.reshape(accumulate, -1, rows.shape[-1])
+            tokens = parallel.global_batch(mesh, rows, int(accumulate > 1))
+            per_step = tokens.size // tokens.shape[-1] * (tokens.shape[-1] - 1)
+            clock.waited()
+            state, metrics = step_fn(state, frozen, tokens)
             bar.update(1)
-            if (i + 1) % log_every == 0 or i + 1 == steps:
-                pending = {name: float(v) for name, v in metrics.items()}
-                now = time.perf_counter()
-                rate = (i + 1 - last_step) * tokens[:, 1:].size / (now - last_time)
-                last_time, last_step = now, i + 1
-                log.log(i + 1, tokens=(i + 1) * tokens[:, 1:].size, tokens_per_second=rate,
-                        **pending)  # fmt: skip
-                bar.set_postfix_str(f"loss {pending['loss']:.3f}, {rate:.0f} tok/s")
-                if not np.isfinite(pending["loss"]):
-                    raise DelveError(
-                        f"{workdir}: loss is {pending['loss']} at step {i + 1}; lower the learning "
-                        f"rate, or run again to resume from step "
-                        f"{checkpoint.latest_step(workdir / 'state') or 0}"
-                    )
-            if (i + 1) % save_every == 0 and i + 1 < steps:
-                checkpoint.save_step(workdir / "state", i + 1, state)
+            n = i + 1
+            # the numbers of a step are read once the next one is under way: no device waits
+            if pending:
+                _report(log, bar, clock, per_step, *pending)
+                pending = None
+            if n % log_every == 0 or n == steps:
+                pending = n, metrics
+            if n == steps:
+                _report(log, bar, clock, per_step, *pending)
+            stop = n < steps and terminated.at(n)
+            due = pending and _agreed(time.monotonic() - saved_at > 60 * saving.minutes)
+            if n < steps and (stop or due or n % saving.every == 0):
+                _save(states, n, state, last=stop)
+                saved_at = time.monotonic()
+            if stop:
+                say(f"{desc}: SIGTERM; step {n} is saved, the same command goes on from there")
+                raise SystemExit(0)
+            clock.resume()
     return state["params"]
+
+
+def _prefetched(dataset, start: int, stop: int):
+    """Batches start..stop-1, read ahead by a thread."""
+    import grain
+
+    return iter(dataset[start:stop].to_iter_dataset(grain.ReadOptions(2, 8)))
+
+
+def _finish(states: checkpoint.Steps) -> None:
+    """However a run ends, the state that is being written gets its name first."""
+    try:
+        states.wait()
+    except DelveError as err:
+        say(f"{err}; older states stand")
+
+
+def _agreed(due: bool) -> bool:
+    """Process 0's clock decides for all."""
+    if jax.process_count() == 1:
+        return due
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(due)))
+
+
+def _save(states: checkpoint.Steps, step: int, state, last: bool) -> None:
+    """Start writing a state. A write that fails costs that state only: the run goes on, and says
+    so; the one before a stop must succeed."""
+    for act in (states.wait, lambda: states.save(step, state)):
+        try:
+            act()
+        except DelveError as err:
+            if last or jax.process_count() > 1:
+                raise
+            good = states.numbers()
+            where = f"that of step {good[-1]}" if good else "none yet"
+            say(f"{err}; training goes on, the last good state is {where}")
+    if last:
+        states.wait()
+
+
+class _Clock:
+    """Times between reports, and the part of them spent waiting for data."""
+
+    def __init__(self, step: int):
+        self.step, self.since, self.wait = step, time.perf_counter(), 0.0
+        self.resume()
+
+    def resume(self) -> None:
+        self.mark = time.perf_counter()
+
+    def waited(self) -> None:
+        self.wait += time.perf_counter() - self.mark
+
+    def read(self, step: int) -> tuple[int, float, float]:
+        """(steps, seconds, share of them waiting for data) since the last call."""
+        now = time.perf_counter()
+        out = step - self.step, now - self.since, self.wait / max(now - self.since, 1e-9)
+        self.step, self.since, self.wait = step, now, 0.0
+        return out
+
+
+def _report(log, bar, clock: _Clock, per_step: int, step: int, metrics: dict) -> None:
+    """One line of metrics.jsonl; DelveError when steps keep being skipped."""
+    values = {name: np.asarray(v) for name, v in metrics.items()}
+    skipped, in_a_row = map(int, values.pop("skipped"))
+    if in_a_row >= MAX_IN_A_ROW or skipped >= MAX_SKIPPED:
+        raise DelveError(
+            f"step {step}: loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}; "
+            f"{skipped} steps were skipped as not finite, {in_a_row} in a row; lower the learning "
+            "rate (with --overwrite) or look at the data; the last good state is kept"
+        )
+    done, seconds, wait = clock.read(step)
+    if log is None:
+        return
+    rate = done * per_step / seconds
+    numbers = {name: float(v) for name, v in values.items()}
+    log.log(step, tokens=step * per_step, tokens_per_second=rate, data_wait=round(wait, 5),
+            skipped=skipped, **numbers)  # fmt: skip
+    bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {rate:.0f} tok/s")
+
+
+def say(line: str) -> None:
+    """A line on stderr, from process 0."""
+    if parallel.is_main():
+        print(line, file=sys.stderr, flush=True)

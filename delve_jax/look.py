@@ -1,0 +1,112 @@
+"""The verbs that only look: evaluate, generate, info. Nothing is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import checkpoint, data, lm, models, parents
+from . import evaluate as evaluation
+from .config import Config, DelveError
+
+
+def valid_count(cfg: Config) -> int:
+    """Parameters at the valid vocabulary rows (the padding rows of a checkpoint not counted)."""
+    if cfg.family != "delve":
+        cfg = dataclasses.replace(cfg, vocab_rows=cfg.vocab_size)
+    return models.count(cfg)
+
+
+def texts_of(files: Sequence[str | Path]) -> list[str]:
+    """The documents of several text files."""
+    return [document for file in files for document in data.read_documents(file)]
+
+
+def evaluate(
+    src,
+    text: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    *,
+    backend: str = "jax",
+    trust_remote_code: bool = False,
+) -> dict:
+    """nll and bits per byte on text files, metrics of jsonl tasks; backend "jax" or "hf"."""
+    if backend not in ("jax", "hf"):
+        raise DelveError(f"--backend {backend}: choose jax or hf")
+    if not text and not tasks:
+        raise DelveError("nothing to evaluate on: give --text FILE or --tasks FILE.jsonl")
+    model = lm.load(src) if backend == "jax" else evaluation.hf_scorer(src, trust_remote_code)
+    out = {"model": str(src), "backend": backend}
+    if text:
+        out |= evaluation.evaluate(model, texts_of(text))
+    if tasks:
+        out["tasks"] = {Path(t).stem: evaluation.evaluate_task(model, t) for t in tasks}
+    return out
+
+
+def generate(
+    src, prompt: str, *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
+):
+    """Continue a text -> {"prompt", "text", "tokens"}; greedy at temperature 0."""
+    model = src if isinstance(src, lm.LM) else lm.load(src)
+    if model.tokenizer is None:
+        raise DelveError(f"{src}: has no tokenizer.json, so it cannot continue text")
+    ids = model.tokenizer.encode(prompt).ids
+    if not ids:
+        eot = data.eot_of(model.tokenizer)
+        if eot is None:
+            raise DelveError("--prompt: is empty; give some text")
+        ids = [eot]
+    if temperature < 0:
+        raise DelveError(f"--temperature {temperature}: must not be negative")
+    out = model.generate(np.array([ids]), max_new_tokens, temperature=temperature, seed=seed)
+    new = np.asarray(out)[0, len(ids) :].tolist()
+    return {"prompt": prompt, "text": model.tokenizer.decode(new), "tokens": new}
+
+
+def info(src) -> dict:
+    """Family, parameters, bytes, ranks, pool weights and tokenizer hash of any source."""
+    kind, path = parents.detect(src), parents.resolve(src)
+    if kind == "checkpoint":
+        cfg = checkpoint.load_config(path)
+        tokenizer = checkpoint.load_tokenizer(path)
+        pool = checkpoint.restore_part(path, "pool") if cfg.family == "delve" else None
+    else:
+        cfg, params, tokenizer = parents.load(src)
+        pool = params.get("pool")
+    out = {
+        "family": cfg.family,
+        "parameters": valid_count(cfg),
+        "parameter_bytes": evaluation.parameter_bytes(cfg),
+        "dtype": cfg.dtype,
+        "vocab_size": cfg.vocab_size,
+        "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest() if tokenizer else None,
+    }
+    if cfg.family != "delve":
+        return out | {"layers": cfg.n_layers, "width": cfg.d_model, "ranks": _ranks(cfg)}
+    if cfg.latents == 1:
+        weights = np.asarray(pool["a"], np.float64)
+    else:
+        weights = np.asarray(jax.nn.softmax(jnp.asarray(pool["log_pi"])), np.float64)
+    return out | {
+        "latents": cfg.latents,
+        "superblocks": cfg.n_superblocks,
+        "hub_rank": cfg.hub_rank,
+        "pool": dict(zip(cfg.names, weights.tolist(), strict=True)),
+        "streams": {
+            n: {"family": s.family, "layers": s.n_layers, "width": s.d_model,
+                "parameters": models.count(s), "ranks": _ranks(s)}
+            for n, s in cfg.streams
+        },
+        "teachers": list(cfg.teachers),
+    }  # fmt: skip
+
+
+def _ranks(cfg) -> dict:
+    return {name: list(ranks) for name, ranks in cfg.ranks}

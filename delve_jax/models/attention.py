@@ -1,0 +1,115 @@
+"""What the attention families share: rotary angles, caches, and who may look at whom.
+
+State: k, v [L,B,S,G,h] caches, `index` tokens written, `pos_B` next position of each row and
+`valid_BS` (False where a row is left-padded). S is fixed: `LM.step` grows it when it is full.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .linear import at_least_f32, wide
+
+
+def frequencies(base: float, rotated: int) -> np.ndarray:
+    """Radians per position of each of the `rotated` / 2 pairs of dims, float64."""
+    return float(base) ** (-np.arange(0, rotated, 2) / rotated)
+
+
+def rotary(x_BTHh, ctx):
+    """Rotate the first 2r dims of each head in half-split form; the others pass through."""
+    r = ctx["cos"].shape[-1]
+    cos, sin = ctx["cos"][:, :, None], ctx["sin"][:, :, None]
+    a, b = wide(x_BTHh[..., :r]), wide(x_BTHh[..., r : 2 * r])
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHh.dtype)
+    return jnp.concatenate([turned, x_BTHh[..., 2 * r :]], axis=-1)
+
+
+def attend(q_BTHh, k_BTGh, v_BTGh, state, ctx):
+    """Causal attention over this call's tokens and the caches -> (y_BTHh, caches or None)."""
+    q, k, v = rotary(q_BTHh, ctx), rotary(k_BTGh, ctx), v_BTGh
+    if state is not None:
+        state = {
+            name: lax.dynamic_update_slice_in_dim(
+                state[name], new.astype(state[name].dtype), ctx["index"], axis=1
+            )
+            for name, new in (("k", k), ("v", v))
+        }
+        k, v = state["k"].astype(q.dtype), state["v"].astype(q.dtype)
+    return weighted(q, k, v, ctx["mask_B1TS"]), state
+
+
+def weighted(q_BTHh, k_BSGh, v_BSGh, mask_B1TS):
+    """softmax(q k / sqrt h) v where the mask is True, G heads of k and v shared by H of q.
+
+    `jax.nn.dot_product_attention` is the same but takes the softmax of float64 in float32.
+    """
+    b, T, H, h = q_BTHh.shape
+    G = k_BSGh.shape[2]
+    q = q_BTHh.reshape(b, T, G, H // G, h)
+    dtype = at_least_f32(q.dtype)
+    scores = jnp.einsum("btgnh,bsgh->bgnts", q, k_BSGh, preferred_element_type=dtype) * h**-0.5
+    scores = jnp.where(mask_B1TS[:, :, None], scores, jnp.finfo(dtype).min / 2)
+    weights = jax.nn.softmax(scores).astype(v_BSGh.dtype)
+    return jnp.einsum("bgnts,bsgh->btgnh", weights, v_BSGh).reshape(b, T, H, h)
+
+
+def init_caches(cfg, batch: int, max_len: int, n_kv: int, head_dim: int, dtype) -> dict:
+    """Empty caches for `max_len` tokens."""
+    shape = (cfg.n_layers, batch, max_len, n_kv, head_dim)
+    return {
+        "layers": {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)},
+        "index": jnp.int32(0),
+        "pos_B": jnp.zeros((batch,), jnp.int32),
+        "valid_BS": jnp.zeros((batch, max_len), bool),
+    }
+
+
+def grow(state: dict, n: int) -> dict:
+    """The state with room for `n` more tokens; full caches at least double (host side)."""
+    size = state["valid_BS"].shape[1]
+    more = int(state["index"]) + n - size
+    if more <= 0:
+        return state
+    more = max(more, size)
+    pad = lambda a: jnp.pad(a, ((0, 0),) * 2 + ((0, more),) + ((0, 0),) * 2)  # noqa: E731
+    return {
+        **state,
+        "layers": jax.tree.map(pad, state["layers"]),
+        "valid_BS": jnp.pad(state["valid_BS"], ((0, 0), (0, more))),
+    }
+
+
+def angles_and_mask(freq, x_BTD, mask_BT, state, segments_BT) -> tuple[dict, dict]:
+    """`context` of an attention family: rotary angles and mask of this call, new bookkeeping.
+
+    Positions run through a row of several documents: only their differences act.
+    """
+    T, dtype = x_BTD.shape[1], at_least_f32(x_BTD.dtype)
+    index = 0 if state is None else state["index"]
+    # rows of a left-padded batch count their own positions; unpadded rows all count the same
+    ones = jnp.ones((1, T), bool) if mask_BT is None else mask_BT.astype(bool)
+    start_B1 = jnp.zeros((1, 1), jnp.int32) if state is None else state["pos_B"][:, None]
+    pos_BT = start_B1 + jnp.maximum(jnp.cumsum(ones, axis=1, dtype=jnp.int32) - 1, 0)
+    row_T = index + jnp.arange(T)
+    book = {}
+    if state is None:
+        valid_BS, S = ones, T
+    else:
+        written = jnp.broadcast_to(ones, (state["valid_BS"].shape[0], T))
+        valid_BS = lax.dynamic_update_slice_in_dim(state["valid_BS"], written, index, axis=1)
+        S = valid_BS.shape[1]
+        pos_B = state["pos_B"] + written.sum(1, dtype=jnp.int32)
+        book = {"index": index + T, "pos_B": pos_B, "valid_BS": valid_BS}
+    visible_BTS = (jnp.arange(S)[None, :] <= row_T[:, None])[None] & valid_BS[:, None]
+    if segments_BT is not None:
+        visible_BTS &= segments_BT[:, :, None] == segments_BT[:, None]
+    angle = pos_BT[..., None].astype(dtype) * jnp.asarray(freq, dtype)
+    ctx = {
+        "cos": jnp.cos(angle),
+        "sin": jnp.sin(angle),
+        "mask_B1TS": visible_BTS[:, None],
+        "index": index,
+    }
+    return ctx, book

@@ -1,0 +1,202 @@
+"""`delve plan`: what a run will need, before anything is allocated and without the devices.
+
+State bytes are exact (shapes and sharding rules). Activations, gradients and buffers are what XLA
+assigns to the very step of the run, compiled for as many virtual CPU devices as the mesh has: an
+accelerator's compiler may fuse more, and keeps bfloat16 where a CPU widens it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+from . import VerbModule, models, parallel, parents, presets
+from .config import Config, DelveError, from_json, to_json
+from .train.run import Settings, step_of
+
+# dense bfloat16 FLOP/s and bytes of memory of one device, from the vendors' data sheets
+DEVICES = {
+    "a100": (312e12, 80e9), "h100": (989e12, 80e9), "h200": (989e12, 141e9),
+    "b200": (2250e12, 180e9), "v4": (275e12, 32e9), "v5e": (197e12, 16e9), "v5p": (459e12, 95e9),
+    "v6e": (918e12, 32e9),
+}  # fmt: skip
+
+
+def _matmul_size(cfg, tree: dict, keep_ranks: dict) -> int:
+    """Elements of all weights that a token is multiplied with, at true ranks."""
+    total = 0
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        *above, name = parallel.path_of(keys).split("/")
+        if name not in ("kernel", "v", "u") or above[-1] in ("embed", "conv"):
+            continue
+        ranks = keep_ranks.get("/".join(above[1:] if above[0] == "layers" else above))
+        if name == "kernel" or ranks is None:
+            total += leaf.size
+        else:
+            total += sum(ranks) * (leaf.shape[-2] if name == "v" else leaf.shape[-1])
+    return total
+
+
+def forward_flops(cfg: Config, T: int) -> int:
+    """Forward FLOPs a token in rows of T: 2 a weight, attention over the full T, scans.
+
+    The count of delphi.md §1 (verified there on 81 runs) for Qwen3, the same terms for the others;
+    embeddings and norms are not counted.
+    """
+    if cfg.family == "delve":
+        hub = 0
+        if cfg.n_superblocks > 1:
+            width = sum(s.d_model for _, s in cfg.streams)
+            hub = 4 * (cfg.n_superblocks - 1) * cfg.hub_rank * width
+        return hub + sum(forward_flops(sub, T) for _, sub in cfg.streams)
+    tree = models.abstract_params(cfg)
+    total = 2 * _matmul_size(cfg, tree, dict(cfg.ranks))
+    if cfg.tie_embeddings:
+        total += 2 * sum(x.size for x in jax.tree.leaves(tree["embed"]))
+    if cfg.family in ("neox", "qwen3"):
+        head = getattr(cfg, "head_dim", None) or cfg.d_model // cfg.n_heads
+        total += cfg.n_layers * (4 * T * cfg.n_heads * head + 3 * T * cfg.n_heads)
+    elif cfg.family == "mamba":  # exp(dt A) s + dt u B and s C, and the convolution
+        total += cfg.n_layers * cfg.d_inner * (7 * cfg.d_state + 2 * cfg.d_conv)
+    else:  # wkv: two exponentials, numerator and denominator, for state and output
+        total += cfg.n_layers * 14 * cfg.d_att
+    return total
+
+
+def plan(
+    target: str | None,
+    settings: Settings,
+    *,
+    mesh: str | None = None,
+    keep: float | None = None,
+    objective: str | None = None,
+    device: str = "h200",
+    mfu: float = 0.4,
+    no_compile: bool = False,
+) -> dict:
+    """Parameters, FLOPs, bytes per device, steps and time of training a preset or a source.
+
+    objective: "ce", or "ce+kl" (a DELVE's default) where the dense parents are held as teachers.
+    device: whose peak rate and memory; mfu: share of it that is assumed.
+    """
+    if target is None:
+        raise DelveError("name a preset (`delve plan --list`) or a source")
+    if device not in DEVICES:
+        raise DelveError(f"--device {device}: choose one of {', '.join(DEVICES)}")
+    if not 0 < mfu <= 1:
+        raise DelveError(f"--mfu {mfu}: must lie in (0, 1]")
+    cfg = _config_of(target, keep)
+    objective = objective or ("ce+kl" if cfg.family == "delve" else "ce")
+    teachers = _teachers(cfg) if objective == "ce+kl" else ()
+    sizes = parallel.parse_mesh(mesh or "data=1")
+    abstract_mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), parallel.AXES)
+    T = settings.row_length(cfg)
+    settings.checked(abstract_mesh)
+    steps = settings.steps(T)
+    shapes = models.abstract_params(cfg)
+    optimizer = settings.make_optimizer(max(steps, 1))
+    state_bytes = {
+        "parameters": _bytes(abstract_mesh, shapes),
+        "optimizer": _bytes(abstract_mesh, jax.eval_shape(optimizer.init, shapes)),
+        "teachers": sum(_bytes(abstract_mesh, models.abstract_params(t)) for t in teachers),
+    }
+    forward = forward_flops(cfg, T)
+    train = 3 * forward + sum(forward_flops(t, T) for t in teachers)
+    count = math.prod(sizes.values())
+    rate = mfu * DEVICES[device][0] * count
+    tokens = steps * settings.batch * T
+    out = {
+        "target": target, "family": cfg.family, "parameters": models.count(cfg),
+        "teacher_parameters": sum(map(models.count, teachers)), "objective": objective,
+        "forward_flops_per_token": forward, "train_flops_per_token": train,
+        "mesh": sizes, "devices": count, "batch": settings.batch, "window": T,
+        "compute": settings.compute, "optimizer": settings.optimizer,
+        "bytes_per_device": state_bytes,
+        "steps": steps, "tokens": tokens, "train_flops": tokens * train,
+        "device": device, "mfu": mfu, "tokens_per_second": rate / train,
+        "hours": tokens * train / rate / 3600,
+    }  # fmt: skip
+    if not no_compile:
+        found = _compiled(cfg, teachers, settings, sizes)
+        state_bytes["activations"] = found["temp"] + found["other"]
+        state_bytes["peak"] = sum(state_bytes.values())
+        out["fits"] = bool(state_bytes["peak"] < DEVICES[device][1])
+    return out
+
+
+def _config_of(target: str, keep: float | None) -> Config:
+    if target in presets.PRESETS:
+        return presets.preset(target, **({} if keep is None else {"keep": keep}))
+    if Path(target).exists() or "/" in target:
+        return parents.peek(target)[0]
+    return presets.preset(target)  # its error lists the names
+
+
+def _teachers(cfg: Config) -> tuple:
+    """The dense parents of a DELVE or of a compressed parent."""
+    parts = [sub for _, sub in cfg.streams] if cfg.family == "delve" else [cfg]
+    return tuple(dataclasses.replace(sub, ranks=()) for sub in parts)
+
+
+def _bytes(mesh, tree) -> int:
+    """Bytes of a tree on one device of a mesh that need not exist."""
+    shards = jax.tree.map(
+        lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize,
+        tree,
+        parallel.shardings(mesh, tree),
+    )
+    return sum(jax.tree.leaves(shards))
+
+
+def _compiled(cfg, teachers, settings: Settings, sizes: dict) -> dict:
+    """Bytes per device that XLA assigns to the step beside its state, found in a process of its
+    own: the number of virtual devices is fixed when JAX starts."""
+    what = {
+        "cfg": to_json(cfg), "teachers": [to_json(t) for t in teachers],
+        "settings": dataclasses.asdict(dataclasses.replace(settings)), "sizes": sizes,
+    }  # fmt: skip
+    # buffers are assigned before LLVM runs, so its optimisation may be left out
+    flags = (f"--xla_force_host_platform_device_count={math.prod(sizes.values())} "
+             "--xla_backend_optimization_level=0")  # fmt: skip
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    done = subprocess.run(
+        [sys.executable, "-m", "delve_jax.plan"], input=json.dumps(what), text=True, env=env,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise DelveError(f"plan: the step cannot be compiled ({lines[-1][:200]}); --no-compile")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _child() -> None:
+    what = json.load(sys.stdin)
+    saving = what["settings"].pop("saving")
+    settings = Settings(**what["settings"])
+    del saving
+    cfg = from_json(what["cfg"])
+    teachers = tuple(from_json(t) for t in what["teachers"])
+    mesh = parallel.make_mesh(",".join(f"{a}={n}" for a, n in what["sizes"].items()))
+    step, arguments = step_of(cfg, teachers, settings, mesh)
+    memory = step.lower(*arguments).compile().memory_analysis()
+    # what is neither the state (which goes in and comes out in place) nor a temporary
+    other = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    print(json.dumps({"temp": memory.temp_size_in_bytes, "other": max(0, other)}))
+
+
+def listing() -> dict:
+    """The presets and their parameters."""
+    return {"presets": {name: models.count(presets.preset(name)) for name in presets.PRESETS}}
+
+
+if __name__ == "__main__":
+    _child()
+else:
+    sys.modules[__name__].__class__ = VerbModule
