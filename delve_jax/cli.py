@@ -270,7 +270,7 @@ def run(args: argparse.Namespace) -> dict:
             from . import data
 
             if kw.pop("action") == "list":
-                return data.catalog.listing()
+                return {"rows": data.listing()}
             return data.prepare(kw.pop("sources"), args.dst, **kw)
         case "eval":
             return look.evaluate(args.src, **kw)
@@ -294,10 +294,52 @@ def show(verb: str, result: dict) -> str:
         )
     if verb == "generate":
         return result["prompt"] + result["text"]
+    if verb == "plan" and "presets" in result:
+        return "\n".join(f"{name:22}{n:>18,}" for name, n in result["presets"].items())
+    if verb == "plan":
+        return _plan(result)
+    if verb == "data" and "rows" in result:
+        return "\n".join(_dataset(row) for row in result["rows"])
     return "\n".join(
         f"{key}: {json.dumps(value) if isinstance(value, (dict, list)) else value}"
         for key, value in result.items()
     )
+
+
+def _plan(r: dict) -> str:
+    """A plan for people."""
+    size = r["bytes_per_device"]
+    lines = [
+        f"{r['target']} ({r['family']}): {r['parameters']:,} parameters"
+        + (f", teachers {r['teacher_parameters']:,}" if r["teacher_parameters"] else ""),
+        f"FLOPs a token: {r['forward_flops_per_token']:,} forward, "
+        f"{r['train_flops_per_token']:,} training",
+        f"mesh {', '.join(f'{a}={n}' for a, n in r['mesh'].items())}; batch {r['batch']} x "
+        f"{r['window']} tokens, {r['compute']}, {r['optimizer']}",
+        "bytes per device: " + ", ".join(f"{k} {v / 2**30:.2f} GiB" for k, v in size.items()),
+    ]
+    if "fits" in r:
+        lines.append(
+            f"{'fits' if r['fits'] else 'does NOT fit'} the memory of one {r['device']}"
+            + ("" if r["fits"] else "; try --accumulate, more data= or model=, --shard-sequence")
+        )
+    if r["tokens"]:
+        lines.append(
+            f"{r['steps']:,} steps, {r['tokens']:,} tokens, {r['train_flops']:.3g} FLOPs: "
+            f"{r['hours']:.1f} hours at {r['mfu']:.0%} of {r['devices']} x {r['device']} "
+            f"({r['tokens_per_second']:,.0f} tokens/s)"
+        )
+    return "\n".join(lines)
+
+
+def _dataset(row: dict) -> str:
+    """A named data set or mixture on one line."""
+    if row["kind"] == "mixture":
+        parts = ", ".join(f"{n} {share:.1%}" for n, share in row["parts"].items())
+        return f"{row['name']}: mixture of {parts}"
+    where = " ".join(filter(None, (row["hub"], row["config"], row["split"])))
+    note = f"; {row['note']}" if row["note"] else ""
+    return f"{row['name']}: {where}, field {row['field']}, licence: {row['licence']}{note}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -314,11 +356,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 0
     if result.get("already"):
         print("already done; nothing to do", file=sys.stderr)
-    print(json.dumps(result) if args.json else show(args.verb, result))
+    try:
+        print(json.dumps(result) if args.json else show(args.verb, result), flush=True)
+    except BrokenPipeError:  # `| head`: what was asked for is done; Python must not flush again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -98,7 +98,7 @@ def plan(
     sizes = parallel.parse_mesh(mesh or "data=1")
     abstract_mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), parallel.AXES)
     T = settings.row_length(cfg)
-    settings.checked(abstract_mesh)
+    dataclasses.replace(settings, tokens=max(settings.tokens, 1)).checked(abstract_mesh)
     steps = settings.steps(T)
     shapes = models.abstract_params(cfg)
     optimizer = settings.make_optimizer(max(steps, 1))

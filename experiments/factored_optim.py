@@ -30,13 +30,16 @@ PIECE = 4000  # characters taken of each document, so that a small sample holds 
 CHARS = {"train": 4_000_000, "calibrate": 250_000, "choose": 125_000, "report": 250_000}
 # a trial is (rate, knob). rate: AdamW's, or that of AdamH's Adam group; knob: AdamW's weight decay,
 # b2 of "adamh+adam" (these proxies have no dense map left, so its AdamH group is empty), else
-# AdamH's rate over its Adam group's (Delphi: 9.6). Every treatment gets as many trials
+# AdamH's rate over its Adam group's (Delphi: 9.6). As many trials for each: all RATES, two other
+# knobs at the best rate, two moves (rate x, knob x) from there; for spheres a move keeps AdamH's
+# own rate and raises the Adam group's
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+NEAR, LIFT = ((0.7, 1.0), (1.4, 1.0)), ((2.0, 0.5), (4.0, 0.25))
 TREATMENTS = {
-    "adamw": (0.01, (0.0, 0.1)),
-    "adamh+adam": (0.9999, (0.95, 0.99)),
-    "adamh+sphere": (9.6, (3.2, 28.8)),
-    "adamh+scaled": (9.6, (3.2, 28.8)),
+    "adamw": (0.01, (0.0, 0.1), NEAR),
+    "adamh+adam": (0.9999, (0.95, 0.99), NEAR),
+    "adamh+sphere": (9.6, (3.2, 28.8), LIFT),
+    "adamh+scaled": (9.6, (3.2, 28.8), LIFT),
 }
 
 
@@ -132,17 +135,26 @@ class Proxy:
 def choose(proxy, bar):
     """All trials on the choose split, and the best (rate, knob) of every treatment."""
     trials, best = [], {}
-    for treatment, (knob, others) in TREATMENTS.items():
+    for treatment, (knob, others, moves) in TREATMENTS.items():
         mine = []
-        for rate in RATES:
+
+        def run(rate, knob, treatment=treatment, mine=mine):
             mine.append(proxy.heal(treatment, rate, knob, 0, "choose"))
             bar.update(1)
-        rate = min(mine, key=_nll)["rate"]
+
+        def top(mine=mine):
+            row = min(mine, key=_nll)
+            return row["rate"], row["knob"]
+
+        for rate in RATES:
+            run(rate, knob)
+        rate, _ = top()
         for other in others:
-            mine.append(proxy.heal(treatment, rate, other, 0, "choose"))
-            bar.update(1)
-        top = min(mine, key=_nll)
-        best[treatment] = (top["rate"], top["knob"])
+            run(rate, other)
+        rate, knob = top()
+        for of_rate, of_knob in moves:
+            run(round(rate * of_rate, 8), round(knob * of_knob, 8))
+        best[treatment] = top()
         trials += mine
     return trials, best
 
@@ -157,7 +169,7 @@ def main():
     began = time.time()
     text, hashes = texts()
     proxies = {name: Proxy(name, text) for name in PROXIES}
-    runs = len(TREATMENTS) * (len(RATES) + 2 + len(PROXIES) * len(SEEDS))
+    runs = len(TREATMENTS) * (len(RATES) + 4 + len(PROXIES) * len(SEEDS))
     with metrics.progress(runs, "factored_optim", "run") as bar:
         trials, best = choose(proxies[PROXIES[0]], bar)
         rows = []
@@ -204,7 +216,7 @@ def picture(result):
     from matplotlib import pyplot as plt
 
     fig, axes = plt.subplots(1, 1 + len(PROXIES), figsize=(12, 3.8), layout="constrained")
-    for i, (treatment, (knob, _)) in enumerate(TREATMENTS.items()):
+    for i, (treatment, (knob, *_)) in enumerate(TREATMENTS.items()):
         mine = [r for r in result["trials"] if r["treatment"] == treatment]
         line = [r for r in mine if r["knob"] == knob]
         axes[0].plot([r["rate"] for r in line], [r["nll_per_token"] for r in line], "o-",

@@ -17,26 +17,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from delve_jax import data, evaluate, metrics, models, parents
-from delve_jax.config import DelveError, MambaConfig, NeoxConfig, RwkvConfig
+from delve_jax import data, evaluate, metrics, models, parents, presets
+from delve_jax.config import DelveError
 from delve_jax.train import objective, optim
 from delve_jax.train.loop import fit
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / ".studies" / "proxies"
 PACKAGE = ROOT / "delve_jax" / "proxies"
-VOCAB, D, CONTEXT = 3840, 128, 256
-SHARED = dict(vocab_size=VOCAB, vocab_rows=VOCAB, d_model=D, context_length=CONTEXT)
-SHARED |= dict(dtype="float16")
-# depth 6/3/3/3 and equal width mirror the real tiers (48/24/24 at equal width)
-PROXIES = {
-    "mamba": MambaConfig(**SHARED, n_layers=6, d_inner=2 * D, dt_rank=D // 16, tie_embeddings=True),
-    "rwkv": RwkvConfig(**SHARED, n_layers=3, d_att=D, d_ffn=3 * D),
-    "neox": NeoxConfig(**SHARED, n_layers=3, n_heads=4, d_ffn=4 * D, rotary_pct=0.25),
-    "incite": NeoxConfig(
-        **SHARED, n_layers=3, n_heads=4, d_ffn=3 * D, rotary_pct=1.0, parallel_residual=False
-    ),
-}
+VOCAB, CONTEXT = 3840, 256
+PROXIES = {name: presets.proxy(name) for name in ("mamba", "rwkv", "neox", "incite")}
 BATCH, PEAK_LR, SEED = 16, 3e-3, 0
 
 
@@ -99,7 +89,7 @@ def main(argv=None):
             objective.language_model(cfg),
             # another seed when continuing: windows not in the order of the first run
             data.batches(windows, BATCH, SEED + args.go_on),
-            optim.adamw(optim.wsd(PEAK_LR, steps), b2=0.98),
+            optim.adamw(optim.wsd(PEAK_LR, steps, 0.05, 0.3), b2=0.98),
             steps=steps,
             workdir=WORK / tag,
             desc=name,

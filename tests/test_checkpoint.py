@@ -1,4 +1,4 @@
-"""Checkpoints: bit-exact, atomic under kills and full disks, damage named; placement by rules."""
+"""Checkpoints and states: bit-exact, atomic under kills and full disks, damage named."""
 
 import json
 import os
@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec as P
 
 from delve_jax import checkpoint, models, parallel
-from delve_jax.config import DelveError, MambaConfig, NeoxConfig
+from delve_jax.config import DelveError, MambaConfig
 
 # reads that a damaged file cuts short end on a closed event loop
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -169,68 +168,162 @@ def test_config_and_arrays_must_agree(tmp_path, params):
         checkpoint.restore(tmp_path / "bare")
 
 
-def test_training_state_steps(tmp_path, params):
-    """Optimiser state (named tuples, counters) comes back bit for bit; old steps go."""
+STATE = {"a": np.arange(30_000, dtype=np.float32), "count": np.zeros((), np.int32)}
+
+
+def state_at(step: int) -> dict:
+    """A state that tells its step."""
+    return jax.tree.map(lambda x: jnp.asarray(x + step), STATE)
+
+
+def abstract_state() -> dict:
+    return parallel.abstract(parallel.make_mesh(None), jax.eval_shape(lambda: state_at(0)))
+
+
+def flip(file: Path) -> None:
+    """One bit in the middle of a file."""
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+
+
+def largest(folder: Path) -> Path:
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def test_a_flipped_bit_is_refused_by_its_file(tmp_path, params):
+    """zarr alone would read it without complaint."""
+    checkpoint.save(tmp_path / "c", CFG, params)
+    file = largest(tmp_path / "c" / "params")
+    flip(file)
+    name = file.relative_to(tmp_path / "c" / "params").as_posix()
+    with pytest.raises(DelveError, match="other bytes") as caught:
+        checkpoint.restore(tmp_path / "c")
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "c") in str(caught.value) and name in str(caught.value)
+    flip(file)
+    assert same(checkpoint.restore(tmp_path / "c")[1], params)
+
+
+def test_lost_checksums_are_damage(tmp_path, params):
+    checkpoint.save(tmp_path / "c", CFG, params)
+    sums = tmp_path / "c" / "params" / checkpoint.SUMS
+    text = sums.read_text()
+    files = {p.relative_to(sums.parent).as_posix() for p in sums.parent.rglob("*") if p.is_file()}
+    assert files - set(json.loads(text)) == {checkpoint.SUMS, "_CHECKPOINT_METADATA"}
+    for content in (None, text[:40]):
+        sums.unlink()
+        if content:
+            sums.write_text(content)
+        with pytest.raises(DelveError, match=checkpoint.SUMS) as caught:
+            checkpoint.restore(tmp_path / "c")
+        assert "\n" not in str(caught.value)
+        sums.write_text(text)
+    assert same(checkpoint.restore(tmp_path / "c")[1], params)
+
+
+def test_optimizer_states_come_back_bit_for_bit(tmp_path, params):
+    """Named tuples, counters, float32 moments of bfloat16 weights."""
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     state = {"params": params, "opt": optimizer.init(params)}
-    assert checkpoint.latest_step(tmp_path / "state") is None
-    for step in (3, 20, 100):
-        state["opt"] = jax.tree.map(lambda x, step=step: x + step, state["opt"])
-        checkpoint.save_step(tmp_path / "state", step, state)
-    assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["00000020", "00000100"]
-    (tmp_path / "state" / "00000200.partial").mkdir()  # a kill while step 200 was written
-    assert checkpoint.latest_step(tmp_path / "state") == 100
+    state["half"] = params["embed"]["kernel"].astype(jnp.bfloat16)
+    states = checkpoint.Steps(tmp_path / "state")
+    assert states.restore(jax.eval_shape(lambda: state)) is None
+    state["opt"] = jax.tree.map(lambda x: x + 7, state["opt"])
+    states.save(7, state)
+    states.wait()
+    assert [p.name for p in (tmp_path / "state").iterdir()] == ["00000007"]
     abstract = parallel.abstract(parallel.make_mesh(None), jax.eval_shape(lambda: state))
-    assert same(checkpoint.restore_step(tmp_path / "state", 100, abstract), state)
-    with pytest.raises(DelveError, match="damaged|no such"):
-        checkpoint.restore_step(tmp_path / "state", 7, abstract)
+    step, back = states.restore(abstract)
+    assert step == 7 and same(back, state)
 
 
-def mesh_42():
-    """Four by two, without devices: the rules need the sizes alone."""
-    return jax.sharding.AbstractMesh((4, 2), parallel.AXES)
+def test_what_is_saved_is_what_stood_there_at_the_call(tmp_path):
+    """The next steps take the same buffers (donation) while the writer still reads."""
+    ahead = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    states = checkpoint.Steps(tmp_path, keep=9)
+    state = ahead(state_at(0))
+    for step in (1, 4, 7):
+        states.save(step, state)
+        for _ in range(3):
+            state = ahead(state)
+    states.wait()
+    assert states.numbers() == [1, 4, 7]
+    for step in (7, 4, 1):
+        found, back = checkpoint.Steps(tmp_path).restore(abstract_state())
+        assert found == step and same(back, state_at(step))
+        flip(largest(states.path(step)))  # so that the one before it is next
+    said = []
+    assert states.restore(abstract_state(), said.append) is None and len(said) == 3
 
 
 @pytest.mark.parametrize(
-    ("path", "shape", "want"),
-    [
-        ("layers/in_proj/kernel", (3, 16, 64), P(None, "data", "model")),
-        ("layers/in_proj/v", (3, 16, 8), P(None, "data", None)),
-        ("layers/in_proj/u", (3, 8, 64), P(None, "data", "model")),
-        ("layers/out_proj/kernel", (3, 32, 16), P(None, "model", "data")),
-        ("streams/rwkv/layers/ffn/value/u", (3, 8, 16), P(None, None, "data")),
-        ("streams/rwkv/layers/ffn/key/kernel", (3, 16, 64), P(None, "data", "model")),
-        ("opt/1/0/mu/layers/att/qkv/kernel", (3, 16, 48), P(None, "data", "model")),
-        ("embed/kernel", (40, 16), P("model", "data")),
-        ("head/kernel", (16, 37), P("data", None)),  # 37 rows do not divide
-        ("layers/norm/scale", (3, 16), P()),
-        ("layers/D", (3, 32), P(None, "model")),
-        ("opt/1/0/count", (), P()),
-        ("hub/mamba/a", (2, 16, 8), P(None, "data", None)),
-    ],
+    ("keep", "every", "left"), [(2, None, [8, 10]), (1, 4, [4, 8, 10]), (3, 5, [6, 8, 10])]
 )
-def test_placement_rules(path, shape, want):
-    assert parallel.spec_for(path, shape, mesh_42()) == want
+def test_retention(tmp_path, keep, every, left):
+    states = checkpoint.Steps(tmp_path, keep, every)
+    for step in range(2, 11, 2):
+        states.save(step, state_at(step))
+        # a state goes only once a newer one is sound
+        assert len([n for n in states.numbers() if n < step]) >= min(keep, step // 2 - 1)
+    states.wait()
+    assert states.numbers() == left
 
 
-def test_every_large_array_is_sharded():
-    """No map of any family falls through the rules: pieces are 1/8 of a model of useful size."""
-    sizes = dict(vocab_size=512, vocab_rows=512, d_model=64, n_layers=2)
-    for cfg in (
-        MambaConfig(**sizes, d_inner=128, d_state=16, dt_rank=4),
-        NeoxConfig(**sizes, n_heads=4, d_ffn=256, ranks=(("mlp/up", (8, 16)), ("embed", (32,)))),
-    ):
-        tree = jax.tree_util.tree_flatten_with_path(models.abstract_params(cfg))[0]
-        for keys, leaf in tree:
-            spec = parallel.spec_for(parallel.path_of(keys), leaf.shape, mesh_42())
-            if leaf.size > 4096:
-                assert any(spec), parallel.path_of(keys)
+def test_leavings_of_a_kill_are_no_states_and_go(tmp_path):
+    """SIGKILL while a state is written: what stands half is not counted, then removed."""
+    done = run(
+        """
+        import numpy as np
+        from test_checkpoint import state_at
+        states = checkpoint.Steps(sys.argv[1])
+        states.save(3, state_at(3))
+        states.wait()
+        checkpoint._write_sums = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+        states.save(6, state_at(6))
+        states.wait()
+        """,
+        tmp_path / "state",
+    )
+    assert done.returncode == -9, done.stderr
+    names = sorted(p.name for p in (tmp_path / "state").iterdir())
+    assert len(names) == 2 and names[1].startswith("00000006.orbax-checkpoint-tmp"), names
+    states = checkpoint.Steps(tmp_path / "state")
+    assert states.numbers() == [3]
+    step, back = states.restore(abstract_state())
+    assert step == 3 and same(back, state_at(3))
+    states.save(6, state_at(6))
+    states.wait()
+    assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["00000003", "00000006"]
+    assert same(states.restore(abstract_state())[1], state_at(6))
 
 
-def test_mesh_specs():
-    mesh = parallel.make_mesh("data=1,model=1")
-    assert dict(mesh.shape) == {"data": 1, "model": 1}
-    assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
-    for bad in ("data=0", "rows=2", "data", "data=4096", "data=-1"):
-        with pytest.raises(DelveError, match="--mesh"):
-            parallel.make_mesh(bad)
+def test_a_failed_state_costs_only_itself(tmp_path):
+    """As a full disk that is cleared later: one line, older states stand, the next save works."""
+    done = run(
+        """
+        from test_checkpoint import abstract_state, state_at
+        states = checkpoint.Steps(sys.argv[1])
+        states.save(1, state_at(1))
+        states.wait()
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, most))
+        try:
+            states.save(2, state_at(2))
+            states.wait()
+        except DelveError as err:
+            print("REFUSED", err)
+        print(sorted(os.listdir(sys.argv[1])))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        states.wait()  # said once, not again
+        states.save(3, state_at(3))
+        states.wait()
+        print(states.numbers(), float(states.restore(abstract_state())[1]["a"][0]))
+        """,
+        tmp_path / "state",
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == 3, done.stdout + done.stderr
+    assert lines[0].startswith(f"REFUSED {tmp_path / 'state'}: cannot be written")
+    assert lines[1:] == ["['00000001']", "[1, 3] 3.0"]
+    assert "Traceback" not in done.stderr

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from delve_jax import models
-from delve_jax.config import DelveConfig, MambaConfig, NeoxConfig, RwkvConfig
+from delve_jax.config import DelveConfig, MambaConfig, NeoxConfig, Qwen3Config, RwkvConfig
 from delve_jax.models import neox
 
 torch = pytest.importorskip("torch")
@@ -247,7 +247,8 @@ STREAMS = tuple(
     (n, dataclasses.replace(cfg, vocab_rows=50))
     for n, cfg in (("mamba", MAMBA), ("rwkv", RWKV), ("neox", SEQUENTIAL))
 )
-PARENTS = {"mamba": MAMBA, "rwkv": RWKV, "neox": PARALLEL}
+QWEN3 = Qwen3Config(d_model=24, n_heads=4, n_kv_heads=2, head_dim=8, d_ffn=40, **small)
+PARENTS = {"mamba": MAMBA, "rwkv": RWKV, "neox": PARALLEL, "qwen3": QWEN3}
 OURS = PARENTS | {"delve": DelveConfig(STREAMS, n_superblocks=3, latents=3, hub_rank=4)}
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from delve_jax import models
 from delve_jax.config import DelveConfig, MambaConfig, NeoxConfig, Qwen3Config, RwkvConfig
-from delve_jax.models import scan
+from delve_jax.models import attention, scan
 
 V, T = 50, 24
 LENGTHS = ((9, 7, 8), (1, 15, 8))  # of the documents of each row; the scans' chunks are 8 long
@@ -131,3 +131,22 @@ def test_a_state_with_segments_is_refused(randomised):
         models.forward(
             NEOX, randomised(NEOX, 1), TOKENS, models.init_state(NEOX, 2, T), None, SEGMENTS
         )
+
+
+def test_attention_by_blocks_of_queries_is_the_same(monkeypatch):
+    """Value and gradient, with a remainder block, documents in a row and shared heads."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(x, (2, 11, h, 4)) for x, h in zip(keys, (4, 2, 2), strict=True))
+    seg = jnp.cumsum(jnp.arange(11) % 5 == 0)
+    mask = (jnp.tril(jnp.ones((11, 11), bool)) & (seg[:, None] == seg))[None, None]
+
+    def value_and_grad():
+        return jax.value_and_grad(
+            lambda *a: (attention.weighted(*a, mask) ** 2).sum(), argnums=(0, 1, 2)
+        )(q, k, v)
+
+    whole = value_and_grad()
+    monkeypatch.setattr(attention, "QUERIES", 4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), value_and_grad(), whole
+    )

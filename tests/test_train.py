@@ -283,7 +283,7 @@ def test_healing_gradient_pulls_towards_the_teacher(params, windows):
 @pytest.mark.parametrize("family", ["neox", "delve"])
 def test_sharded_steps_equal_a_single_device(family):
     """8 virtual devices in a process of its own (all meshes: experiments/sharding.py)."""
-    script = Path(__file__).with_name("multidevice_train.py")
+    script = Path(__file__).parents[1] / "experiments" / "sharding.py"
     meshes = ["data=1", "replica=2,data=2,model=2"]
     out = subprocess.run(
         [sys.executable, str(script), "--family", family, "--steps", "12", "--meshes", *meshes],

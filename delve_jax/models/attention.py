@@ -11,6 +11,8 @@ from jax import lax
 
 from .linear import at_least_f32, wide
 
+QUERIES = 512  # rows of the score matrix held at a time, where there are more than twice as many
+
 
 def frequencies(base: float, rotated: int) -> np.ndarray:
     """Radians per position of each of the `rotated` / 2 pairs of dims, float64."""
@@ -43,8 +45,28 @@ def attend(q_BTHh, k_BTGh, v_BTGh, state, ctx):
 def weighted(q_BTHh, k_BSGh, v_BSGh, mask_B1TS):
     """softmax(q k / sqrt h) v where the mask is True, G heads of k and v shared by H of q.
 
-    `jax.nn.dot_product_attention` is the same but takes the softmax of float64 in float32.
+    Long calls go by blocks of QUERIES and recompute a block's scores in the backward pass, so that
+    [B,H,T,S] is never held. `jax.nn.dot_product_attention` holds it, and takes the softmax of
+    float64 in float32.
     """
+    T = q_BTHh.shape[1]
+    if T <= 2 * QUERIES:
+        return _weighted(q_BTHh, k_BSGh, v_BSGh, mask_B1TS)
+    n = -(-T // QUERIES)
+
+    def cut(a, axis):  # T -> [n, .., QUERIES, ..]; a query that fills up sees nothing
+        a = jnp.pad(a, [(0, n * QUERIES - T if i == axis else 0) for i in range(a.ndim)])
+        return jnp.moveaxis(a.reshape(*a.shape[:axis], n, QUERIES, *a.shape[axis + 1 :]), axis, 0)
+
+    def block(slot):
+        q_BcHh, mask_B1cS = slot
+        return _weighted(q_BcHh, k_BSGh, v_BSGh, mask_B1cS)
+
+    y = lax.map(jax.checkpoint(block), (cut(q_BTHh, 1), cut(mask_B1TS, 2)))
+    return jnp.moveaxis(y, 0, 1).reshape(q_BTHh.shape[0], n * QUERIES, *q_BTHh.shape[2:])[:, :T]
+
+
+def _weighted(q_BTHh, k_BSGh, v_BSGh, mask_B1TS):
     b, T, H, h = q_BTHh.shape
     G = k_BSGh.shape[2]
     q = q_BTHh.reshape(b, T, G, H // G, h)

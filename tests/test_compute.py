@@ -1,5 +1,6 @@
-"""float64 throughout where asked for, and bfloat16 compute on float32 weights."""
+"""`Compute`: float64, bfloat16 on float32 weights, placement; and what the head reads."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from delve_jax import models
 from delve_jax.config import (
@@ -91,6 +93,20 @@ def test_the_head_reads_head_params_only(randomised):
         part = models.head_params(cfg, params)
         assert len(jax.tree.leaves(part)) < len(jax.tree.leaves(params))
         np.testing.assert_array_equal(models.head(cfg, part, f), models.head(cfg, params, f))
+
+
+@pytest.mark.parametrize("cfg", [*STREAMS.values(), DELVE], ids=[*STREAMS, "delve"])
+def test_the_residual_stream_is_placed_after_the_embedding_and_every_layer(cfg):
+    """Once per stream outside the scans over layers, once in the body of each."""
+    mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,))
+    how = models.Compute(residual=NamedSharding(mesh, PartitionSpec("data")))
+    run = lambda p, how: models.forward(cfg, p, np.zeros((2, 4), int), how=how)[0]  # noqa: E731
+    params = models.abstract_params(cfg)
+    streams = len(cfg.streams) if cfg.family == "delve" else 1
+    placed = str(jax.make_jaxpr(functools.partial(run, how=how))(params))
+    assert placed.count("sharding_constraint") == 2 * streams
+    plain = str(jax.make_jaxpr(functools.partial(run, how=models.F32))(params))
+    assert "sharding_constraint" not in plain
 
 
 def test_unknown_remat_is_named():

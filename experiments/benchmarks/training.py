@@ -1,0 +1,257 @@
+"""Is training (forward, backward, AdamW) as fast as PyTorch's transformers, for every family?
+
+taskset -c 0,1 python experiments/benchmarks/training.py [--only NAME ...] [--repeats 7]
+RESULT
+"""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # before jax starts
+
+import argparse
+import dataclasses
+import functools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+import transformers
+
+from delve_jax import models, parallel
+from delve_jax.config import MambaConfig, NeoxConfig, Qwen3Config, RwkvConfig
+from delve_jax.metrics import versions
+from delve_jax.parents.stock import export_stock
+from delve_jax.train.loop import init_state
+from delve_jax.train.run import Settings, step_of
+
+V, D = 4096, 512
+FAMILIES = {
+    "mamba": functools.partial(
+        MambaConfig, n_layers=2, d_inner=2 * D, dt_rank=D // 16, tie_embeddings=True
+    ),
+    "rwkv": functools.partial(RwkvConfig, n_layers=4, d_att=D, d_ffn=4 * D),
+    "neox": functools.partial(NeoxConfig, n_layers=4, n_heads=8, d_ffn=4 * D),
+    "qwen3": functools.partial(
+        Qwen3Config, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=128, d_ffn=4 * D
+    ),
+}
+SIZES = ((2, 256), (1, 1024))  # B, T
+# a step of transformers' mamba is a Python loop over T whose backward pass is quadratic in T
+FEW = {("mamba", 1024): {"n_layers": 1, "steps": 1}}
+# torch.compile unrolls the recurrences' Python loops over T: hours of compilation
+COMPILED = ("neox", "qwen3")
+CHECKS = {"loss": 1e-4, "grad_norm": 1e-3, "loss_after": 1e-3}  # largest relative differences
+
+
+def config(name, T):
+    """The family's config at D = 512."""
+    cfg = FAMILIES[name](vocab_size=V, vocab_rows=V, d_model=D, context_length=T)
+    layers = FEW.get((name, T), {}).get("n_layers", cfg.n_layers)
+    return dataclasses.replace(cfg, n_layers=layers)
+
+
+def torch_model(cfg, params):
+    """The transformers model of this config with these weights, in training mode."""
+    if cfg.family == "qwen3":
+        model = transformers.Qwen3ForCausalLM(
+            transformers.Qwen3Config(
+                vocab_size=V, hidden_size=D, intermediate_size=cfg.d_ffn,
+                num_hidden_layers=cfg.n_layers, num_attention_heads=cfg.n_heads,
+                num_key_value_heads=cfg.n_kv_heads, head_dim=cfg.head_dim,
+                rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
+                rms_norm_eps=cfg.norm_eps, tie_word_embeddings=False, attention_bias=False,
+            )
+        )  # fmt: skip
+        tensors = {
+            "model.embed_tokens.weight": params["embed"]["kernel"],
+            "model.norm.weight": params["norm_f"]["scale"],
+            "lm_head.weight": params["head"]["kernel"].T,
+        }
+        for i in range(cfg.n_layers):
+            at, layer = f"model.layers.{i}.", jax.tree.map(lambda a, i=i: a[i], params["layers"])
+            tensors[at + "input_layernorm.weight"] = layer["ln1"]["scale"]
+            tensors[at + "post_attention_layernorm.weight"] = layer["ln2"]["scale"]
+            for map_ in "qkvo":
+                tensors[f"{at}self_attn.{map_}_proj.weight"] = layer["att"][map_]["kernel"].T
+            for norm in ("q_norm", "k_norm"):
+                tensors[f"{at}self_attn.{norm}.weight"] = layer["att"][norm]["scale"]
+            for map_ in ("gate", "up", "down"):
+                tensors[f"{at}mlp.{map_}_proj.weight"] = layer["mlp"][map_]["kernel"].T
+        tensors = {name: torch.tensor(np.asarray(a)) for name, a in tensors.items()}
+        model.load_state_dict(tensors, strict=True)
+    else:
+        with tempfile.TemporaryDirectory() as place:
+            export_stock(cfg, params, Path(place) / "model")
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                Path(place) / "model", dtype=torch.float32
+            )
+    return model.float().train()
+
+
+def ours(cfg, params, settings, tokens):
+    """-> (a function that makes one step and returns its loss and gradient norm, compile [s])."""
+    mesh = parallel.make_mesh("data=1")
+    step, (abstract, *_, like) = step_of(cfg, (), settings, mesh)
+    tokens = jax.device_put(tokens, like.sharding)
+    optimizer = settings.make_optimizer(settings.steps(settings.row_length(cfg)))
+    shard = parallel.shardings(mesh, abstract)
+    state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shard)(params)
+    start = time.perf_counter()
+    program = step.lower(abstract, (), like).compile()
+    seconds = time.perf_counter() - start
+
+    def once():
+        nonlocal state
+        state, metrics = jax.block_until_ready(program(state, (), tokens))
+        return float(metrics["loss"]), float(metrics["grad_norm"])
+
+    return once, seconds
+
+
+def theirs(model, settings, tokens, compiled=False):
+    """The same of PyTorch: clipping and AdamW (its fused form, the faster one) included."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.lr, betas=(0.9, 0.95), eps=1e-8,
+        weight_decay=settings.weight_decay, fused=True,
+    )  # fmt: skip
+    inputs, targets = torch.tensor(tokens[:, :-1]).long(), torch.tensor(tokens[:, 1:]).long()
+
+    def loss_of():
+        logits = model(inputs, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    loss_of = torch.compile(loss_of) if compiled else loss_of
+
+    def once():
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return float(loss), float(norm)
+
+    return once
+
+
+def measure(name, B, T, repeats):
+    """One row: the sides' times in turn, and how far apart loss, gradient and update are."""
+    cfg = config(name, T)
+    # constant rate, no decay: the optimisers are the same function
+    settings = Settings(
+        tokens=1000 * B * T, batch=B, window=T, warmup=0.0, decay=0.0, weight_decay=0.0
+    )
+    params = jax.jit(functools.partial(models.init_params, cfg))(jax.random.key(0))
+    # id 0 would open a document, which stock models do not know
+    tokens = np.random.default_rng(0).integers(1, V, (B, T + 1)).astype(np.int32)
+    sides = {"torch": theirs(torch_model(cfg, params), settings, tokens)}
+    if name in COMPILED:
+        sides["torch.compile"] = theirs(torch_model(cfg, params), settings, tokens, compiled=True)
+    sides["ours"], compile_s = ours(cfg, params, settings, tokens)
+    steps = dict.fromkeys(sides, 1 + repeats)
+    if (name, T) in FEW:
+        steps["torch"] = FEW[name, T]["steps"]
+    seen, seconds = {side: [] for side in sides}, {side: [] for side in sides}
+    for k in range(1 + repeats):
+        for side, once in sides.items():
+            if k < steps[side]:
+                start = time.perf_counter()
+                seen[side].append(once())
+                seconds[side].append(time.perf_counter() - start)
+    first = {side: times[0] for side, times in seconds.items()}
+    # the first step warms up (of torch.compile: compiles), unless it is the only one
+    timed = {side: times[1:] or times for side, times in seconds.items()}
+    median = {side: statistics.median(times) for side, times in timed.items()}
+    row = {
+        "family": name, "batch": B, "T": T, "layers": cfg.n_layers,
+        "parameters": models.count(cfg),
+        "ratio": median["torch"] / median["ours"],
+        "tokens_per_second": {side: B * T / s for side, s in median.items()},
+        "seconds": median,
+        "spread": {side: (max(t) - min(t)) / median[side] for side, t in timed.items()},
+        "compile_s": {"ours": compile_s},
+        "apart": {side: apart(seen["ours"], seen[side]) for side in sides if side != "ours"},
+        "seconds_all": {side: [round(s, 4) for s in times] for side, times in timed.items()},
+    }  # fmt: skip
+    if "torch.compile" in sides:
+        row["compile_s"]["torch.compile"] = first["torch.compile"]
+        row["ratio_to_compiled"] = median["torch.compile"] / median["ours"]
+    return row
+
+
+def apart(mine, their):
+    """Relative differences of the first loss and gradient norm and of the loss after an update."""
+    pairs = {"loss": (mine[0][0], their[0][0]), "grad_norm": (mine[0][1], their[0][1])}
+    if len(their) > 1:
+        pairs["loss_after"] = mine[1][0], their[1][0]
+    out = {name: abs(a - b) / abs(b) for name, (a, b) in pairs.items()}
+    for name, value in out.items():
+        if not value <= CHECKS[name]:
+            raise SystemExit(f"{name} differs by {value:.2g} from {pairs[name][1]:.6g}")
+    return out
+
+
+def picture(rows, file):
+    """Bars of ours / theirs in tokens a second, one group a family and T."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(8, 3.6))
+    x = np.arange(len(rows))
+    for shift, key, label, colour in (
+        (-0.2, "ratio", "PyTorch eager", "#4477aa"),
+        (0.2, "ratio_to_compiled", "torch.compile", "#ee6677"),
+    ):
+        at = [(i + shift, row[key]) for i, row in zip(x, rows, strict=True) if key in row]
+        ax.bar(*zip(*at, strict=True), width=0.38, color=colour, label=f"against {label}")
+        for i, ratio in at:
+            ax.text(i, ratio * 1.05, f"{ratio:.2f}", ha="center", va="bottom", fontsize=8)
+    ax.axhline(1, color="black", linewidth=1)
+    ax.set_yscale("log")
+    ax.set_ylim(0.5, 2 * max(row["ratio"] for row in rows))
+    ax.set_xticks(x, [f"{r['family']}\n{r['batch']} x {r['T']}" for r in rows])
+    ax.set_ylabel("training tokens/s, DELVE / PyTorch")
+    ax.legend(frameon=False)
+    fig.tight_layout()
+    fig.savefig(file, dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--repeats", type=int, default=7, help="at least 5; medians are reported")
+    parser.add_argument("--out", type=Path, default=Path("experiments/results/training_cpu.json"))
+    flags = parser.parse_args()
+    torch.set_num_threads(2)
+    transformers.logging.set_verbosity_error()
+    load, start, rows = os.getloadavg()[0], time.time(), []
+    for name in flags.only:
+        for B, T in SIZES:
+            rows.append(measure(name, B, T, flags.repeats))
+            print(json.dumps({k: v for k, v in rows[-1].items() if k != "seconds_all"}), flush=True)
+    result = {
+        "command": "taskset -c 0,1 python " + " ".join(sys.argv),
+        "versions": versions() | {"torch": torch.__version__},
+        "machine": {
+            "cores": sorted(os.sched_getaffinity(0)), "torch_threads": torch.get_num_threads(),
+            "load_before": load, "load_after": os.getloadavg()[0],
+        },
+        "minutes": round((time.time() - start) / 60, 1),
+        "slowest": min(row["ratio"] for row in rows),
+        "rows": rows,
+    }  # fmt: skip
+    flags.out.parent.mkdir(parents=True, exist_ok=True)
+    flags.out.write_text(json.dumps(result, indent=1) + "\n")
+    picture(rows, flags.out.with_suffix(".png"))
+    print(f"{flags.out}: slowest ratio {result['slowest']:.2f}, {result['minutes']} minutes")
+
+
+if __name__ == "__main__":
+    main()
