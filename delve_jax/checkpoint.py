@@ -179,9 +179,9 @@ def _restore_tree(path: Path, abstract):
         largest = max((x.size * 4 for x in jax.tree.leaves(abstract)), default=0)
         with _quiet(), _checkpointer(2 * largest) as orbax:
             args = ocp.checkpoint_utils.construct_restore_args(abstract)
-            return orbax.restore(
-                path.absolute(), args=ocp.args.PyTreeRestore(abstract, restore_args=args)
-            )
+            # partial: what the abstract tree leaves out is not read
+            args = ocp.args.PyTreeRestore(abstract, restore_args=args, partial_restore=True)
+            return orbax.restore(path.absolute(), args=args)
     except Exception as err:  # damage surfaces as anything from KeyError to RuntimeError
         raise DelveError(f"{path}: damaged checkpoint, make it again ({_one_line(err)})") from None
 
@@ -233,9 +233,32 @@ def _write_texts(folder: Path, texts: dict[str, str]) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
 
+def describe_run(folder: Path, cfg: Config, tokenizer: str | None) -> None:
+    """Config and tokenizer of a run under way, so that its states can be evaluated and healed."""
+    texts = {"config.json": json.dumps(to_json(cfg), indent=2) + "\n"}
+    if tokenizer is not None:
+        texts["tokenizer.json"] = tokenizer
+    parallel.on_main(_write_texts, folder, texts)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """A finished checkpoint, a run under way (DST.partial), or one of its states."""
+    return (path / "params").is_dir() or (path / "state").is_dir() or _is_state(path)
+
+
+def _is_state(path: Path) -> bool:
+    return path.name.isdigit() and path.parent.name == "state" and path.is_dir()
+
+
+def _home(src: str | Path) -> Path:
+    """Where config.json and the tokenizer stand: beside the parameters, or with the run."""
+    src = Path(src)
+    return src.parent.parent if _is_state(src) else src
+
+
 def load_config(src: str | Path) -> Config:
     """The config of a checkpoint directory."""
-    src = Path(src)
+    src = _home(src)
     _mend(src)
     if not src.is_dir():
         raise DelveError(f"{src}: no such checkpoint directory")
@@ -244,19 +267,20 @@ def load_config(src: str | Path) -> Config:
 
 def load_tokenizer(src: str | Path) -> str | None:
     """tokenizer.json of a checkpoint as text, None where it has none."""
-    file = Path(src) / "tokenizer.json"
+    file = _home(src) / "tokenizer.json"
     return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def restore(src: str | Path, mesh=None, dtype: str | None = None) -> tuple[Config, dict]:
     """(cfg, params) on `mesh` (None: the first device), cast to `dtype` unless None.
 
+    Of a run under way, the parameters of its newest sound state, or of the state named.
     DelveError: no checkpoint, damaged files, or arrays that are not those of the config.
     """
     from . import models
 
-    cfg, path = load_config(src), Path(src) / "params"
-    tree = _read_abstract(path)
+    cfg, (path, part) = load_config(src), _params_of(Path(src))
+    tree = part(_read_abstract(path))
     expected = {parallel.path_of(k): x.shape for k, x in _leaves(models.abstract_params(cfg))}
     found = {parallel.path_of(k): x.shape for k, x in _leaves(tree)}
     if odd := sorted(k for k in expected | found if expected.get(k) != found.get(k)):
@@ -266,17 +290,33 @@ def restore(src: str | Path, mesh=None, dtype: str | None = None) -> tuple[Confi
         )
     cast = lambda x: jax.numpy.dtype(dtype) if dtype else x.dtype  # noqa: E731
     tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, cast(x)), tree)
-    return cfg, _restore_tree(path, _placed(tree, mesh))
+    return cfg, part(_restore_tree(path, part(_placed(tree, mesh), wrap=True)))
+
+
+def _params_of(src: Path):
+    """(directory of the tree that holds the parameters, how they stand in it)."""
+
+    def whole(tree, wrap=False):
+        return tree
+
+    def in_state(tree, wrap=False):
+        return {"params": tree} if wrap else tree["params"]
+
+    if _is_state(src):
+        return src, in_state
+    if not (src / "params").is_dir() and (src / "state").is_dir():
+        return Steps(src / "state").newest(), in_state
+    return src / "params", whole
 
 
 def restore_part(src: str | Path, name: str):
     """One top-level subtree of the parameters (the pool of a DELVE, say) without the rest."""
-    path = Path(src) / "params"
-    tree = {name: _placed(_read_abstract(path)[name], None)}
+    path, part = _params_of(Path(src))
+    tree = part({name: _placed(part(_read_abstract(path))[name], None)}, wrap=True)
     with _quiet(), _checkpointer() as orbax:
         restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
         args = ocp.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=True)
-        return orbax.restore(path.absolute(), args=args)[name]
+        return part(orbax.restore(path.absolute(), args=args))[name]
 
 
 def _placed(tree, mesh):
@@ -309,6 +349,16 @@ class Steps:
     def path(self, step: int) -> Path:
         """Where the state of a step stands."""
         return self.folder / f"{step:08d}"
+
+    def newest(self) -> Path:
+        """The newest state whose checksums hold; DelveError without one."""
+        for step in reversed(self.numbers()):
+            try:
+                _check_sums(self.path(step))
+                return self.path(step)
+            except DelveError:
+                continue
+        raise DelveError(f"{self.folder}: holds no whole state yet; wait for the first save")
 
     def save(self, step: int, tree) -> None:
         """Start writing; returns when `tree` may change again (its bytes are on the host).

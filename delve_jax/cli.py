@@ -209,7 +209,7 @@ def _run_flags(p: argparse.ArgumentParser, plan: bool = False) -> None:
     p.add_argument("--accumulate", type=int, default=1, help="microbatches of a step")
     p.add_argument("--window", type=int, help="tokens per row; default: context, at most 512")
     p.add_argument("--optimizer", default="adamw", choices=("adamw", "adamh"))
-    p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--lr", type=float, help="peak; default 1e-3 (adamw), 1e-2 (adamh)")
     p.add_argument("--adam-lr", type=float, help="adamh: of all but matrices; default lr / 10")
     p.add_argument("--weight-decay", type=float, default=0.01, help="adamw")
     p.add_argument("--schedule", default="wsd", choices=("wsd", "cosine", "linear"))

@@ -270,7 +270,8 @@ def heal(
                     f"teacher {err}; name it with --teachers, or --objective ce"
                 ) from None
             loaded.append((t_cfg, t_params))
-    cfg = dataclasses.replace(cfg, dtype="float32")
+    cfg = dataclasses.replace(cfg, dtype=settings.master)
+    checkpoint.describe_run(_partial(dst), cfg, tokenizer)
     params, report = run.heal(
         cfg, lambda: parents.load(src, dtype="float32", mesh=on)[1],
         _opener(text, documents, tokenizer, cfg.vocab_size, settings.seed), loaded, settings,
@@ -303,11 +304,12 @@ def train(
                "tokenizer": tokenizer, **_what(settings)}  # fmt: skip
     on = parallel.make_mesh(mesh)
     settings.checked(on)
-    cfg = presets.preset(preset)
+    cfg = dataclasses.replace(presets.preset(preset), dtype=settings.master)
     tokenizer_json = _tokenizer_for(cfg, tokenizer, text)
     if begin(dst, command, overwrite):
         return already(dst)
     tok = data.load_tokenizer(tokenizer_json, cfg.vocab_size)
+    checkpoint.describe_run(_partial(dst), cfg, tokenizer_json)
     params, report = run.pretrain(
         cfg, _opener(text, None, tokenizer_json, cfg.vocab_size, settings.seed), settings, mesh=on,
         workdir=_partial(dst), eot=data.eot_of(tok),

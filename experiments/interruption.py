@@ -196,7 +196,7 @@ def main(argv=None) -> None:
         facts = killed_run(work / "same", args.kills, [8], rng, args.steps)
         apart = difference(result(work / "same"), result(work / "left"))
         found["killed, 8 devices, float32"] = facts | apart
-    if args.only in (None, "across", "processes"):
+    if args.only != "same":
         start(work / "left64", 8, x64=True, steps=args.steps).wait()
         alone = result(work / "left64", True)
     if args.only in (None, "across"):
@@ -212,7 +212,13 @@ def main(argv=None) -> None:
                 result(out, True), alone
             )
     if args.only in (None, "death"):
-        found["process 1 of 2 dies"] = two_processes(work / "death", "data=8", args.steps, die=30)
+        out, die = work / "death", args.steps // 3
+        facts = two_processes(out, "data=8", args.steps, x64=True, die=die)
+        facts["state_left"] = reached(out)
+        start(out, 8, x64=True, steps=args.steps, mesh="data=4").wait()  # one process goes on
+        found["process 1 of 2 dies, one goes on, float64"] = facts | difference(
+            result(out, True), alone
+        )
     from delve_jax.metrics import versions
 
     command = "python experiments/interruption.py " + " ".join(sys.argv[1:])

@@ -54,7 +54,7 @@ def losses(family, mesh_spec, dtype, steps, optimizer="adamh"):
     loss = objective.language_model(cfg, how, eot=0, z_loss=1e-4)
     # epsilon keeps Adam's first steps from turning gradients of round-off size into full ones
     opt = {
-        "adamh": lambda: optim.adamh(lambda _: 1e-2, lambda _: 1e-3, eps=1e-6),
+        "adamh": lambda: optim.adamh(lambda _: 1e-2, lambda _: 1e-3, eps=1e-6, factored="scaled"),
         "adamw": lambda: optim.adamw(lambda _: 1e-3),
     }[optimizer]()
     params = models.init_params(cfg, jax.random.key(0))

@@ -334,7 +334,7 @@ def test_stacked_equals_unstacked():
 
 def test_each_group_has_its_own_clip():
     w, (g,) = case(1)
-    opt = optim.adamh(lambda k: LR, lambda k: ADAM_LR)
+    opt = optim.adamh(lambda k: LR, lambda k: ADAM_LR, factored="sphere")
     params, grads = (nest({p: jnp.asarray(x, jnp.float32) for p, x in t.items()}) for t in (w, g))
     mu = flat(run_steps(opt, params, [grads])[1].mu)
     for inside, bound in ((True, CLIP), (False, None)):

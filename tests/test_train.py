@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from delve_jax import DelveError, checkpoint, data, models, parallel
+from delve_jax import DelveError, checkpoint, data, models, parallel, parents
 from delve_jax.config import NeoxConfig
 from delve_jax.metrics import read_metrics
 from delve_jax.models import Compute
@@ -114,6 +114,21 @@ def test_deleted_and_damaged_states_are_passed_over(params, windows, tmp_path, c
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
     said = capsys.readouterr().err
     assert "00000009: damaged" in said and "other bytes" in said and "00000006: damaged" in said
+
+
+def test_a_run_under_way_is_a_source(params, windows, tmp_path):
+    """Its newest whole state, or the one named, can be evaluated, exported and healed from."""
+    ds = data.batches(windows, 4, 0)
+    checkpoint.describe_run(tmp_path, CFG, None)
+    with pytest.raises(DelveError, match="saves them later"):
+        parents.load(tmp_path)
+    want = {n: run(params, ds, tmp_path / f"at{n}", n) for n in (4, 8)}
+    with pytest.raises(Exception, match="Killed|"):
+        run(params, dies_at(ds, 9), tmp_path)
+    for src, n in ((tmp_path, 8), (tmp_path / "state" / "00000004", 4)):
+        cfg, got, _ = parents.load(src)
+        assert cfg == CFG
+        jax.tree.map(np.testing.assert_array_equal, got, want[n])
 
 
 def test_retention(params, windows, tmp_path):

@@ -71,9 +71,11 @@ def detect(src: str | Path) -> str:
     path = resolve(src)
     if path.is_file():
         return "rwkv"
-    if (path / "params").is_dir():
+    if checkpoint.is_checkpoint(path):
         return "checkpoint"
     raw = read_json(path / "config.json")
+    if "family" in raw:
+        raise DelveError(f"{src}: has a config but no arrays; a run under way saves them later")
     if raw.get("model_type") == "delve":
         return "delve"
     return family_of(raw, str(path / "config.json"))

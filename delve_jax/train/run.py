@@ -35,8 +35,8 @@ class Settings:
     window: int | None = None  # T, tokens of a row
     weight_decay: float = 0.01  # adamw
     optimizer: str = "adamw"  # or adamh (Delphi): lr turns matrices, adam_lr moves the rest
-    lr: float = 1e-3
-    adam_lr: float | None = None  # adamh: of embeddings, norms, biases; default lr / 10
+    lr: float | None = None  # peak; default 1e-3 (adamw) or 1e-2 (adamh)
+    adam_lr: float | None = None  # adamh: of embeddings, norms, factors; default lr / 10
     schedule: str = "wsd"  # or cosine, linear
     warmup: float = 0.1  # share of the steps
     decay: float = 0.2  # share of the steps (wsd)
@@ -44,7 +44,7 @@ class Settings:
     eps: float | None = None
     clip: float | None = None
     z_loss: float = 0.0
-    compute: str = "float32"  # of activations and matmuls; weights and optimiser stay float32
+    compute: str = "float32"  # of activations and matmuls; bfloat16 keeps float32 weights
     remat: str = "auto"  # none, layer, dots; auto: layer for models above 1e8 parameters
     shard_sequence: bool = False  # T of the residual stream over the mesh's "model" axis
     across_documents: bool = False  # let documents in a row see each other
@@ -71,7 +71,7 @@ class Settings:
                 raise DelveError(f"{flag} {value}: choose one of {', '.join(known)}")
         if self.compute == "float64" and not jax.config.jax_enable_x64:
             raise DelveError("--compute float64: set the environment variable JAX_ENABLE_X64=1")
-        if self.lr <= 0:
+        if self.peak <= 0:
             raise DelveError(f"--lr {self.lr}: must be positive")
         return self
 
@@ -93,6 +93,16 @@ class Settings:
             residual=parallel.residual_sharding(mesh, self.shard_sequence),
         )
 
+    @property
+    def peak(self) -> float:
+        """Learning rate at its highest; the defaults did best in experiments/factored_optim.py."""
+        return {"adamw": 1e-3, "adamh": 1e-2}[self.optimizer] if self.lr is None else self.lr
+
+    @property
+    def master(self) -> str:
+        """dtype of weights, gradients and moments."""
+        return "float64" if self.compute == "float64" else "float32"
+
     def make_optimizer(self, steps: int):
         """The optax transformation, its schedules over `steps`."""
         given = {"b2": self.b2, "eps": self.eps, "clip": self.clip}
@@ -104,8 +114,8 @@ class Settings:
         }
         schedule = shapes[self.schedule]
         if self.optimizer == "adamw":
-            return optim.adamw(schedule(self.lr), weight_decay=self.weight_decay, **given)
-        return optim.adamh(schedule(self.lr), schedule(self.adam_lr or self.lr / 10), **given)
+            return optim.adamw(schedule(self.peak), weight_decay=self.weight_decay, **given)
+        return optim.adamh(schedule(self.peak), schedule(self.adam_lr or self.peak / 10), **given)
 
 
 def _train(cfg, params, loss, dataset, settings, mesh, T, workdir, frozen=(), desc="train"):
@@ -117,7 +127,7 @@ def _train(cfg, params, loss, dataset, settings, mesh, T, workdir, frozen=(), de
     )  # fmt: skip
     return params, {
         "steps": steps, "tokens": steps * settings.batch * T, "batch": settings.batch, "window": T,
-        "optimizer": settings.optimizer, "lr": settings.lr, "schedule": settings.schedule,
+        "optimizer": settings.optimizer, "lr": settings.peak, "schedule": settings.schedule,
         "seed": settings.seed, "parameters": models.count(cfg),
     }  # fmt: skip
 
@@ -128,6 +138,14 @@ def _loss(cfg, teachers, settings: Settings, mesh: Mesh, eot, kl_weight: float =
         cfg, teachers, kl_weight, how=settings.how(cfg, mesh), z_loss=settings.z_loss, rows=rows,
         eot=None if settings.across_documents else eot,
     )  # fmt: skip
+
+
+def _cast(params: dict, settings: Settings) -> dict:
+    return jax.tree.map(lambda a: a.astype(settings.master), params)
+
+
+def _shapes(cfg: Config, settings: Settings) -> dict:
+    return jax.eval_shape(lambda p: _cast(p, settings), models.abstract_params(cfg))
 
 
 def step_of(cfg: Config, teachers: tuple, settings: Settings, mesh: Mesh):
@@ -189,8 +207,8 @@ def heal(
     loss = _loss(cfg, configs, settings, mesh, eot, kl_weight)
     dataset = open_data(T, settings.batch, *parallel.feed(mesh, settings.batch))
     params, facts = _train(
-        cfg, (models.abstract_params(cfg), make), loss, dataset, settings, mesh, T, workdir,
-        frozen, "heal",
+        cfg, (_shapes(cfg, settings), lambda: _cast(make(), settings)), loss, dataset, settings,
+        mesh, T, workdir, frozen, "heal",
     )  # fmt: skip
     return params, report | facts
 
@@ -217,10 +235,10 @@ def pretrain(
     """Train from random weights -> (parameters, report); resumes from `workdir`."""
     settings = settings.checked(mesh)
     T = settings.row_length(cfg)
-    shapes = models.abstract_params(cfg)
+    shapes = _shapes(cfg, settings)
     # compiled with sharded outputs: no device ever holds the whole model
     make = jax.jit(
-        lambda: models.init_params(cfg, jax.random.key(settings.seed)),
+        lambda: _cast(models.init_params(cfg, jax.random.key(settings.seed)), settings),
         out_shardings=parallel.shardings(mesh, shapes),
     )
     loss = _loss(cfg, (), settings, mesh, eot)

@@ -1,0 +1,342 @@
+"""Meshes, placement rules, rows of processes: errors by flag, nothing large is ever whole.
+
+What needs several devices runs in a process of its own: `python tests/test_parallel.py`, 8 virtual
+devices, prints one JSON line.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # before jax is imported
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    )
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from delve_jax import models, parallel
+from delve_jax.config import (
+    DelveConfig,
+    DelveError,
+    MambaConfig,
+    NeoxConfig,
+    Qwen3Config,
+    RwkvConfig,
+)
+from delve_jax.metrics import read_metrics
+from delve_jax.train import loop
+from delve_jax.train.loop import init_state
+from delve_jax.train.run import Settings, pretrain
+
+# ---- meshes --------------------------------------------------------------------------------------
+
+
+def test_a_mesh_has_every_axis():
+    assert parallel.parse_mesh("data=8, model=2") == {"replica": 1, "data": 8, "model": 2}
+    assert parallel.parse_mesh("replica=3") == {"replica": 3, "data": 1, "model": 1}
+    for spec in (None, "data=1,model=1"):
+        mesh = parallel.make_mesh(spec)
+        assert dict(mesh.shape) == {"replica": 1, "data": 1, "model": 1}
+        assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+        assert parallel.row_groups(mesh) == 1 and parallel.residual_sharding(mesh) is None
+
+
+@pytest.mark.parametrize(
+    "bad", ["data=0", "rows=2", "data", "data=-1", "data=x", "data=2;model=2", "data=1,", "=2"]
+)
+def test_a_mesh_that_cannot_be_read(bad):
+    with pytest.raises(DelveError, match="--mesh") as caught:
+        parallel.make_mesh(bad)
+    assert bad in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_more_devices_than_there_are():
+    with pytest.raises(DelveError, match="--mesh data=64,model=64: 4096 devices asked for, 1 are"):
+        parallel.make_mesh("data=64,model=64")
+
+
+@pytest.mark.parametrize(
+    "bad", ["bad", "host:1", "host:1,2", "host,2,0", "host:1,2,x", "host:1,2,2", "host:1,2,-1"]
+)
+def test_processes_that_cannot_be_read(bad):
+    with pytest.raises(DelveError, match="--distributed") as caught:
+        parallel.start(bad)
+    assert bad in str(caught.value) and "\n" not in str(caught.value)
+    assert not jax.distributed.is_initialized() and parallel.start("off") == 1
+
+
+def test_on_main_is_a_call_in_one_process():
+    assert parallel.on_main(lambda a, b=0: {"sum": a + b}, 1, b=2) == {"sum": 3}
+
+    def refuses():
+        raise DelveError("no")
+
+    with pytest.raises(DelveError, match="^no$"):
+        parallel.on_main(refuses)
+    with pytest.raises(ZeroDivisionError):  # not dressed up as bad input
+        parallel.on_main(lambda: 1 / 0)
+    assert parallel.is_main()
+
+
+# ---- placement -----------------------------------------------------------------------------------
+
+
+def abstract_mesh(replica=1, data=4, model=2):
+    """Sizes without devices: the rules need no more."""
+    return jax.sharding.AbstractMesh((replica, data, model), parallel.AXES)
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "want"),
+    [
+        ("layers/in_proj/kernel", (3, 16, 64), P(None, "data", "model")),
+        ("layers/in_proj/v", (3, 16, 8), P(None, "data", None)),
+        ("layers/in_proj/u", (3, 8, 64), P(None, "data", "model")),
+        ("layers/out_proj/kernel", (3, 32, 16), P(None, "model", "data")),
+        ("layers/x_proj/v", (3, 32, 8), P(None, "model", "data")),
+        ("layers/dt_proj/bias", (3, 32), P(None, "model")),
+        ("layers/conv/kernel", (3, 4, 32), P(None, None, "model")),
+        ("layers/A_log", (3, 32, 16), P(None, "model", None)),
+        ("layers/D", (3, 32), P(None, "model")),
+        ("streams/rwkv/layers/ffn/value/u", (3, 8, 16), P(None, None, "data")),
+        ("streams/rwkv/layers/ffn/key/kernel", (3, 16, 64), P(None, "data", "model")),
+        ("streams/rwkv/layers/att/time_decay", (3, 16), P(None, "model")),
+        ("opt/1/0/mu/layers/att/qkv/kernel", (3, 16, 48), P(None, "data", "model")),
+        ("opt/0/mu/layers/att/q/kernel", (3, 16, 48), P(None, "data", "model")),  # qwen3
+        ("layers/att/v/kernel", (3, 16, 16), P(None, "data", "model")),
+        ("layers/att/v/v", (3, 16, 8), P(None, "data", None)),
+        ("layers/att/o/kernel", (3, 32, 16), P(None, "model", "data")),
+        ("layers/att/o/v", (3, 32, 8), P(None, "model", "data")),
+        ("layers/mlp/gate/kernel", (3, 16, 64), P(None, "data", "model")),
+        ("layers/mlp/down/u", (3, 8, 16), P(None, None, "data")),
+        ("layers/att/q_norm/scale", (3, 128), P()),
+        ("embed/kernel", (40, 16), P("model", "data")),
+        ("embed/v", (40, 8), P("model", "data")),
+        ("embed/u", (8, 16), P("data", "model")),
+        ("head/kernel", (16, 37), P("data", None)),  # 37 rows do not divide
+        ("head/v", (16, 8), P("data", None)),
+        ("layers/norm/scale", (3, 16), P()),
+        ("opt/1/0/count", (), P()),
+        ("hub/mamba/a", (2, 16, 8), P(None, "data", None)),
+        ("hub/mamba/b", (2, 8, 16), P(None, None, "data")),
+        ("gate/p/mamba", (16, 32), P()),
+    ],
+)
+def test_placement_rules(path, shape, want):
+    assert parallel.spec_for(path, shape, abstract_mesh()) == want
+    # copies: weights are never split over "replica"
+    assert parallel.spec_for(path, shape, abstract_mesh(replica=4)) == want
+    # an axis of one device is not named, so that one device has plain arrays
+    assert not any(parallel.spec_for(path, shape, abstract_mesh(1, 1, 1)))
+
+
+def families(d: int, vocab: int, **more) -> dict:
+    """A model of every family, factored maps among them, and their DELVE."""
+    shared = dict(vocab_size=vocab, vocab_rows=vocab, d_model=d, n_layers=2, **more)
+    out = {
+        "mamba": MambaConfig(**shared, d_inner=2 * d, dt_rank=max(2, d // 16)),
+        "rwkv": RwkvConfig(**shared, d_att=d, d_ffn=4 * d, ranks=(("ffn/value", (16, 8)),)),
+        "neox": NeoxConfig(
+            **shared, n_heads=4, d_ffn=4 * d, ranks=(("mlp/up", (8, 16)), ("embed", (16,)))
+        ),
+        "qwen3": Qwen3Config(**shared, n_heads=4, n_kv_heads=2, head_dim=d // 4, d_ffn=4 * d),
+    }
+    parents = tuple((n, out[n]) for n in ("mamba", "rwkv", "neox"))
+    return out | {"delve": DelveConfig(parents, 2, hub_rank=8)}
+
+
+FAMILIES = families(128, 512)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("optimizer", ["adamw", "adamh"])
+def test_every_large_array_is_sharded(family, optimizer):
+    """Weights and both optimisers' moments: no map of any family falls through the rules."""
+    mesh = abstract_mesh()
+    opt = Settings(tokens=1, optimizer=optimizer).make_optimizer(10)
+    shapes = models.abstract_params(FAMILIES[family])
+    state = jax.eval_shape(lambda p: init_state(p, opt), shapes)
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    pieces = {}
+    for keys, leaf in leaves:
+        path = parallel.path_of(keys)
+        sharding = jax.sharding.NamedSharding(mesh, parallel.spec_for(path, leaf.shape, mesh))
+        pieces[path] = leaf.size / np.prod(sharding.shard_shape(leaf.shape), dtype=int)
+        if leaf.size > 8192:
+            assert pieces[path] > 1, path
+    # one device's part of all: an eighth, but for factors (a quarter) and small vectors
+    total = sum(leaf.size for _, leaf in leaves)
+    mine = sum(leaf.size / pieces[parallel.path_of(keys)] for keys, leaf in leaves)
+    assert 1 / 8 <= mine / total < 0.2
+    # a moment lies where its parameter lies
+    moments = [p for p in pieces if "/mu/" in p]
+    assert moments
+    for path in moments:
+        assert pieces[path] == pieces["params/" + path.split("/mu/")[1]], path
+
+
+# ---- with devices --------------------------------------------------------------------------------
+
+MESHES = {  # mesh -> (shard, shards) of the two processes that would own four devices each
+    "data=8": [[0, 2], [1, 2]],
+    "data=4,model=2": [[0, 2], [1, 2]],
+    "replica=2,data=4": [[0, 2], [1, 2]],
+    "replica=2,data=2,model=2": [[0, 2], [1, 2]],
+    "data=2,model=4": [[0, 2], [1, 2]],
+    "model=8": [[0, 1], [0, 1]],  # both read all rows
+    "replica=8": [[0, 2], [1, 2]],
+}
+TINY = NeoxConfig(
+    vocab_size=64, vocab_rows=64, d_model=16, n_layers=2, n_heads=4, d_ffn=32, context_length=16
+)
+# epsilon keeps AdamW's first steps from turning gradients of round-off size into full ones
+SETTINGS = Settings(tokens=4 * 8 * 16, batch=8, window=16, shard_sequence=True, lr=1e-2, eps=1e-6)
+
+
+@pytest.fixture(scope="module")
+def eight():
+    """What 8 virtual devices say: the JSON line of this file run as a script."""
+    done = subprocess.run(
+        [sys.executable, __file__], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("spec", MESHES)
+def test_rows_of_a_process(eight, spec):
+    found = eight["meshes"][spec]
+    assert found["alone"] == [0, 1]
+    assert found["halves"] == MESHES[spec]
+    assert found["rows_arrive"]
+    groups = parallel.row_groups(abstract_mesh(*parallel.parse_mesh(spec).values()))
+    assert found["rows_per_device"] == 16 // groups
+
+
+def test_rows_that_are_no_block_are_refused(eight):
+    assert "--mesh" in eight["torn"] and "model= last" in eight["torn"]
+
+
+def test_a_state_is_never_whole_on_a_device(eight):
+    """From random weights and from given ones: the first arrays that exist are split already."""
+    for name in ("made", "given", "trained"):
+        whole = {p: n for p, (n, pieces) in eight["placed"][name].items() if pieces == 1}
+        assert max(whole.values()) <= 64, (name, whole)
+        assert eight["placed"][name]["embed/kernel"] == [1024, 8]
+        assert eight["placed"][name]["layers/mlp/up/kernel"] == [2 * 16 * 32, 8]
+    assert eight["moments_share"] < 0.2
+
+
+def test_a_split_sequence_gives_the_same_loss(eight):
+    single, sequence = eight["losses"]["one"], eight["losses"]["sequence"]
+    assert "'model'" in eight["residual"] and len(single) == 4 and single[3] < single[0]
+    np.testing.assert_allclose(sequence, single, rtol=2e-6)
+
+
+def test_a_mesh_of_some_devices(eight):
+    assert eight["four"] == 4
+    assert "16 devices asked for, 8 are there" in eight["sixteen"]
+
+
+def _placed(tree) -> dict:
+    """path -> (elements, pieces that devices really hold)."""
+    return {
+        parallel.path_of(k): (x.size, x.size // x.addressable_shards[0].data.size)
+        for k, x in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+
+
+def _halves(mesh, batch: int) -> list:
+    """`feed` of each of two processes that would own half of the mesh's devices."""
+    whole = parallel.batch_sharding
+    out = []
+    for index in range(2):
+        mine = set(jax.devices()[4 * index : 4 * index + 4])
+
+        class Part:
+            def addressable_devices_indices_map(self, shape, mine=mine):
+                where = whole(mesh).devices_indices_map(shape)
+                return {d: i for d, i in where.items() if d in mine}
+
+        parallel.batch_sharding = lambda mesh, part=Part: part()
+        try:
+            out.append(parallel.feed(mesh, batch))
+        finally:
+            parallel.batch_sharding = whole
+    return out
+
+
+def _refusal(function, *args) -> str:
+    try:
+        function(*args)
+    except DelveError as err:
+        return str(err)
+    return ""
+
+
+def _eight_devices() -> dict:
+    import contextlib
+    import functools
+    import tempfile
+
+    import grain
+
+    out = {"meshes": {}, "placed": {}, "losses": {}}
+    rows = np.arange(16 * 3, dtype=np.int32).reshape(16, 3)
+    for spec in MESHES:
+        mesh = parallel.make_mesh(spec)
+        there = parallel.global_batch(mesh, rows)
+        out["meshes"][spec] = {
+            "alone": parallel.feed(mesh, 16),
+            "halves": _halves(mesh, 16),
+            "rows_arrive": bool((np.asarray(there) == rows).all()),
+            "rows_per_device": there.addressable_shards[0].data.shape[0],
+        }
+    torn = jax.sharding.Mesh(
+        np.array(jax.devices())[[0, 4, 1, 5, 2, 6, 3, 7]].reshape(1, 8, 1), parallel.AXES
+    )
+    out["torn"] = _refusal(_halves, torn, 16)
+    out["four"] = parallel.make_mesh("data=2,model=2").size
+    out["sixteen"] = _refusal(parallel.make_mesh, "data=16")
+
+    mesh = parallel.make_mesh("data=4,model=2")
+    rows = np.cumsum(np.random.default_rng(0).integers(0, 3, (4, 8, 17)), axis=2) % 64
+    text = grain.MapDataset.source(list(rows.astype(np.int32)))
+    work, make_step = Path(tempfile.mkdtemp()), loop.make_step
+
+    class Seen(Exception):
+        pass
+
+    def looked_at(loss, optimizer, mesh, state, *more, name):
+        """The state as the loop hands it to its step."""
+        out["placed"][name] = _placed(state["params"])
+        if name == "given":
+            raise Seen
+        moments = _placed(state["opt"]).values()
+        out["moments_share"] = sum(n / p for n, p in moments) / sum(n for n, _ in moments)
+        return make_step(loss, optimizer, mesh, state, *more)
+
+    loop.make_step = functools.partial(looked_at, name="given")
+    given = models.init_params(TINY, jax.random.key(0))
+    with contextlib.suppress(Seen):
+        loop.fit(given, None, text, SETTINGS.make_optimizer(4), steps=1, workdir=work, mesh=mesh)
+    for name, on in (("sequence", mesh), ("one", parallel.make_mesh("data=1"))):
+        loop.make_step = functools.partial(looked_at, name="made") if on is mesh else make_step
+        trained, _ = pretrain(TINY, lambda *_: text, SETTINGS, mesh=on, workdir=work / name)
+        out["losses"][name] = [m["loss"] for m in read_metrics(work / name / "metrics.jsonl")]
+        if on is mesh:
+            out["placed"]["trained"] = _placed(trained)
+    out["residual"] = str(SETTINGS.how(TINY, mesh).residual.spec)
+    return out
+
+
+if __name__ == "__main__":
+    print(json.dumps(_eight_devices()))
