@@ -5,6 +5,7 @@ A log line is one JSON object with `step`; the file is the record, the bar is fo
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -58,24 +59,31 @@ class MetricsLog:
         if not resume:
             self.path.unlink(missing_ok=True)
         _keep_lines(self.path, None)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file, self._waiting = self.path.open("ab", buffering=0), b""
 
     def rewind(self, step: int) -> None:
         """Drop the lines of steps after `step`, where the run goes on; at 0 it starts anew."""
         self._file.close()
         _keep_lines(self.path, step or -1)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
 
     def log(self, step: int, **values) -> None:
-        """One line; numbers may be JAX or numpy scalars. Flushed, so that a kill loses nothing."""
+        """One line; numbers may be JAX or numpy scalars. Unbuffered: a kill loses nothing."""
         line = {"step": int(step)} | {k: _plain(v) for k, v in values.items()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._waiting += (json.dumps(line) + "\n").encode()
+        self._write()
         numbers = {k: v for k, v in line.items() if isinstance(v, (int, float))}
         for write in self._sinks:
             write(int(step), numbers)
 
+    def _write(self) -> None:
+        # a full disk must not end a run: the lines wait until there is room
+        with contextlib.suppress(OSError):
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+
     def close(self) -> None:
+        self._write()
         self._file.close()
 
     def __enter__(self) -> MetricsLog:

@@ -19,7 +19,7 @@ import jax
 
 from . import VerbModule, models, parallel, parents, presets
 from .config import Config, DelveError, from_json, to_json
-from .train.run import Settings, step_of
+from .train.run import Settings, shapes_of, step_of
 
 # dense bfloat16 FLOP/s and bytes of memory of one device, from the vendors' data sheets
 DEVICES = {
@@ -100,7 +100,7 @@ def plan(
     T = settings.row_length(cfg)
     dataclasses.replace(settings, tokens=max(settings.tokens, 1)).checked(abstract_mesh)
     steps = settings.steps(T)
-    shapes = models.abstract_params(cfg)
+    shapes = shapes_of(cfg, settings)
     optimizer = settings.make_optimizer(max(steps, 1))
     state_bytes = {
         "parameters": _bytes(abstract_mesh, shapes),

@@ -47,7 +47,7 @@ def _begin(dst: Path, command: dict, overwrite: bool) -> bool:
         )
     record = partial / "run.json"
     if partial.exists() and not (record.exists() and read_json(record)["command"] == command):
-        if record.exists() and not overwrite:
+        if record.exists() and not overwrite and _has_work(partial):
             raise DelveError(
                 f"{partial}: holds unfinished work of other arguments; repeat those, or --overwrite"
             )
@@ -55,6 +55,12 @@ def _begin(dst: Path, command: dict, overwrite: bool) -> bool:
     partial.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps({"command": command, "versions": versions()}, indent=2) + "\n")
     return False
+
+
+def _has_work(partial: Path) -> bool:
+    """Whether more stands there than what a command that failed at once leaves."""
+    notes = {"run.json", "config.json", "tokenizer.json", "metrics.jsonl"}
+    return any(p.name not in notes for p in partial.iterdir())
 
 
 def already(dst: str | Path) -> dict:
@@ -294,8 +300,8 @@ def train(
     """Train a preset of any family from random weights.
 
     text: files or token folders, each optionally PATH=WEIGHT. tokenizer: a tokenizer.json or any
-    source that has one; default that of the first token folder. Its vocabulary replaces the
-    preset's where it is smaller or the preset is a proxy. DelveError: it is larger.
+    source that has one; default that of the first token folder. DelveError: it has more ids than
+    the preset.
     """
     from . import presets
 
@@ -330,11 +336,13 @@ def _partial(dst) -> Path:
 
 def _tokenizer_for(cfg: Config, tokenizer: str | None, text: Sequence[str]) -> str | None:
     """tokenizer.json of a run as text; None is raw bytes."""
-    if tokenizer is None:
-        folders = [Path(str(t).rpartition("=")[0] or t) for t in text]
-        tokenizer = next((str(f) for f in folders if (f / "manifest.json").exists()), None)
     path = Path(tokenizer or ".")
-    if tokenizer is None or path.suffix == ".json" or (path / "tokenizer.json").is_file():
+    if tokenizer is None:
+        named = [Path(str(t).rpartition("=")[0] or t) for t in text]
+        inside = [p for f in named for p in (f, *sorted(f.glob("*")))]  # a mixture's parts too
+        folders = [p for p in inside if (p / "manifest.json").is_file()]
+        found = data.open_tokens(folders[0]).tokenizer_json if folders else None
+    elif path.suffix == ".json" or (path / "tokenizer.json").is_file():
         found = data.read_tokenizer(tokenizer)
     else:
         found = parents.peek(tokenizer)[1]

@@ -3,6 +3,7 @@
 The presets of this file are tiny ones, named like the real proxy where its name is what counts.
 """
 
+import dataclasses
 import json
 import math
 import shutil
@@ -307,3 +308,18 @@ def test_a_prepared_mixture_is_trained_on(place, capsys, tmp_path):
                            *SIZE[2:], "--tokens", 256)  # fmt: skip
     assert code == 0, err
     assert out["train"]["steps"] == 1 and out["tokenizer"]
+
+
+def test_raw_bytes(place, capsys, tmp_path, monkeypatch):
+    """A vocabulary of 256 needs no tokenizer: text as it is, or a token folder made without one."""
+    tiny = dataclasses.replace(SMALL, vocab_size=256, vocab_rows=256)
+    monkeypatch.setitem(presets.PRESETS, "bytes", lambda: tiny)
+    data.prepare([place / "a.txt"], tmp_path / "t", tokenizer=None)
+    losses = []
+    for name, source in (("text", place / "a.txt"), ("folder", tmp_path / "t")):
+        code, out, err = delve(capsys, "train", "bytes", tmp_path / name, "--data", source,
+                               *SIZE[2:], "--tokens", 256)  # fmt: skip
+        assert code == 0, err
+        assert out["tokenizer"] is None and not (tmp_path / name / "tokenizer.json").exists()
+        losses.append(read_metrics(tmp_path / name / "metrics.jsonl")[-1]["loss"])
+    assert losses[0] == losses[1]

@@ -118,7 +118,7 @@ def init_layers(cfg: RwkvConfig, layers: dict, key: jax.Array) -> dict:
     att["mix_k"] = x_D**late
     att["mix_v"] = x_D**late + 0.3 * depth
     att["mix_r"] = x_D ** (0.5 * late)
-    ffn["mix_k"] = ffn["mix_r"] = x_D**late
+    ffn["mix_k"], ffn["mix_r"] = x_D**late, x_D**late  # two buffers: a step donates them
     return layers
 
 

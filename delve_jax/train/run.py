@@ -6,6 +6,7 @@ pool of the dense parents || model).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +72,28 @@ class Settings:
                 raise DelveError(f"{flag} {value}: choose one of {', '.join(known)}")
         if self.compute == "float64" and not jax.config.jax_enable_x64:
             raise DelveError("--compute float64: set the environment variable JAX_ENABLE_X64=1")
-        if self.peak <= 0:
-            raise DelveError(f"--lr {self.lr}: must be positive")
+        share = 0 <= self.warmup <= 1 and 0 <= self.decay <= 1
+        share = share and (self.schedule != "wsd" or self.warmup + self.decay <= 1)
+        keep = self.saving.keep_every
+        for flag, value, fits, must in (  # written so that nan fits nowhere
+            ("--lr", self.lr, 0 < self.peak < math.inf, "be positive"),
+            ("--adam-lr", self.adam_lr, _none_or(self.adam_lr, 0, math.inf), "be positive"),
+            (
+                "--weight-decay",
+                self.weight_decay,
+                0 <= self.weight_decay < math.inf,
+                "not be below 0",
+            ),
+            ("--z-loss", self.z_loss, 0 <= self.z_loss < math.inf, "not be below 0"),
+            ("--b2", self.b2, _none_or(self.b2, 0, 1), "lie between 0 and 1"),
+            ("--eps", self.eps, _none_or(self.eps, 0, math.inf), "be positive"),
+            ("--clip", self.clip, _none_or(self.clip, 0, math.inf), "be positive"),
+            ("--warmup", self.warmup, share, f"lie in [0, 1], with --decay {self.decay} at most 1"),
+            ("--save-every", self.saving.every, self.saving.every >= 1, "be at least 1"),
+            ("--keep-every", keep, keep is None or keep >= 1, "be at least 1"),
+        ):
+            if not fits:
+                raise DelveError(f"{flag} {value}: must {must}")
         return self
 
     def row_length(self, cfg: Config) -> int:
@@ -118,6 +139,10 @@ class Settings:
         return optim.adamh(schedule(self.peak), schedule(self.adam_lr or self.peak / 10), **given)
 
 
+def _none_or(value: float | None, low: float, high: float) -> bool:
+    return value is None or low < value < high
+
+
 def _train(cfg, params, loss, dataset, settings, mesh, T, workdir, frozen=(), desc="train"):
     steps = settings.steps(T)
     params = fit(
@@ -144,7 +169,8 @@ def _cast(params: dict, settings: Settings) -> dict:
     return jax.tree.map(lambda a: a.astype(settings.master), params)
 
 
-def _shapes(cfg: Config, settings: Settings) -> dict:
+def shapes_of(cfg: Config, settings: Settings) -> dict:
+    """Shapes and dtypes of the weights that a run trains."""
     return jax.eval_shape(lambda p: _cast(p, settings), models.abstract_params(cfg))
 
 
@@ -207,7 +233,7 @@ def heal(
     loss = _loss(cfg, configs, settings, mesh, eot, kl_weight)
     dataset = open_data(T, settings.batch, *parallel.feed(mesh, settings.batch))
     params, facts = _train(
-        cfg, (_shapes(cfg, settings), lambda: _cast(make(), settings)), loss, dataset, settings,
+        cfg, (shapes_of(cfg, settings), lambda: _cast(make(), settings)), loss, dataset, settings,
         mesh, T, workdir, frozen, "heal",
     )  # fmt: skip
     return params, report | facts
@@ -235,7 +261,7 @@ def pretrain(
     """Train from random weights -> (parameters, report); resumes from `workdir`."""
     settings = settings.checked(mesh)
     T = settings.row_length(cfg)
-    shapes = _shapes(cfg, settings)
+    shapes = shapes_of(cfg, settings)
     # compiled with sharded outputs: no device ever holds the whole model
     make = jax.jit(
         lambda: _cast(models.init_params(cfg, jax.random.key(settings.seed)), settings),
