@@ -32,24 +32,25 @@ _FILES = ("config.json", "tokenizer.json")
 
 def _checkpointer(limit_bytes: int = 10**9) -> ocp.Checkpointer:
     """limit_bytes bounds what is read at once; no single array may be larger."""
+    _silence()
     limit = -(-max(limit_bytes, 10**9) // 10**9)
     return ocp.Checkpointer(
         ocp.PyTreeCheckpointHandler(use_ocdbt=False, restore_concurrent_gb=limit)
     )
 
 
-@contextlib.contextmanager
-def _quiet():
+def _silence() -> None:
     """Orbax logs a traceback per failed thread; the one line of our DelveError says it all."""
-    loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda i: None if "loop is closed" in str(i.exc_value) else hook(i)
-    yield  # after an error all stays: reads still under way end later, on a loop that is gone
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
-    sys.unraisablehook = hook
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    hook = sys.unraisablehook
+    if getattr(hook, "__name__", "") != "quiet_hook":
+
+        def quiet_hook(unraisable):  # reads and writes under way end later, on a loop that is gone
+            if "loop is closed" not in str(unraisable.exc_value):
+                hook(unraisable)
+
+        sys.unraisablehook = quiet_hook
 
 
 def _replaced(dst: Path) -> Path:
@@ -165,7 +166,7 @@ def _save_tree(path: Path, tree) -> None:
     """One Orbax tree at `path`; what is left of a failed write is removed."""
     parallel.on_main(_remove, path)
     try:
-        with _quiet(), _checkpointer() as orbax:
+        with _checkpointer() as orbax:
             orbax.save(path.absolute(), args=_save_args(tree))
         parallel.on_main(_write_sums, path)
     except Exception as err:
@@ -178,7 +179,7 @@ def _restore_tree(path: Path, abstract, check: bool = True):
         parallel.on_main(_check_sums, path)
     try:
         largest = max((x.size * 4 for x in jax.tree.leaves(abstract)), default=0)
-        with _quiet(), _checkpointer(2 * largest) as orbax:
+        with _checkpointer(2 * largest) as orbax:
             args = ocp.checkpoint_utils.construct_restore_args(abstract)
             # partial: what the abstract tree leaves out is not read
             args = ocp.args.PyTreeRestore(abstract, restore_args=args, partial_restore=True)
@@ -196,7 +197,7 @@ def _read_abstract(path: Path) -> dict:
     if not path.is_dir():
         raise DelveError(f"{path}: no such directory; {path.parent} is no checkpoint")
     try:
-        with _quiet(), _checkpointer() as orbax:
+        with _checkpointer() as orbax:
             tree = orbax.metadata(path.absolute()).item_metadata.tree
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     except Exception as err:
@@ -367,15 +368,13 @@ class Steps:
         path = self.path(step).absolute()
         parallel.on_main(self._prepare, path)
         if self._orbax is None:
-            # its background thread warns that there is no OCDBT to merge: as wanted
-            logging.getLogger("absl").setLevel(logging.ERROR)
+            _silence()
             options = ocp.options.AsyncOptions(post_finalization_callback=self._seal)
             handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
             self._orbax = ocp.AsyncCheckpointer(handler, async_options=options)
         self._writing = path
         try:
-            with _quiet():
-                self._orbax.save(path, args=_save_args(tree))
+            self._orbax.save(path, args=_save_args(tree))
         except Exception as err:
             raise self._failed(err) from None
 
@@ -385,8 +384,7 @@ class Steps:
         if self._writing is None:
             return
         try:
-            with _quiet():
-                self._orbax.wait_until_finished()
+            self._orbax.wait_until_finished()
         except Exception as err:
             raise self._failed(err) from None
         self._writing = None

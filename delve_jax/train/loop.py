@@ -22,6 +22,7 @@ import numpy as np
 import optax
 from jax import lax
 from jax.experimental import multihost_utils
+from tqdm import tqdm
 
 from .. import checkpoint, parallel
 from ..config import DelveError
@@ -277,6 +278,6 @@ def _report(log, bar, clock: _Clock, per_step: int, step: int, metrics: dict) ->
 
 
 def say(line: str) -> None:
-    """A line on stderr, from process 0."""
+    """A line on stderr, above the bar, from process 0."""
     if parallel.is_main():
-        print(line, file=sys.stderr, flush=True)
+        tqdm.write(line, file=sys.stderr)
