@@ -1,7 +1,8 @@
 """How much of a training step is spent waiting for data? Bar: at most 2 %.
 
 taskset -c 0,1 python experiments/benchmarks/loop.py [--steps 60] [--out ...]
-RESULT
+Two CPU cores, 45 seconds. proxy-neox, 8 x 256 tokens, three token folders: 0.25 % of the time on
+average, 0.8 % at most over three steps (a step takes 0.46 s).
 """
 
 import os

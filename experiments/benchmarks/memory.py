@@ -1,7 +1,9 @@
 """Does training take the memory that `delve plan` prints? Bar: at most 1.15 of it.
 
 taskset -c 0,1 python experiments/benchmarks/memory.py [--out experiments/results/memory.json]
-RESULT
+Two shared CPU cores, 9 minutes; a DELVE of 147 M parameters (state 1.6 GiB, teachers 0.8 GiB),
+three steps of the real loop of 4 x 256 tokens. CE: planned 2.95 GiB, took 3.03 (1.03); CE + KL with three
+dense teachers: planned 3.72, took 4.14 (1.11). Before: imported, the step compiled, heap trimmed.
 """
 
 import os
