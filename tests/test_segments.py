@@ -140,13 +140,16 @@ def test_attention_by_blocks_of_queries_is_the_same(monkeypatch):
     seg = jnp.cumsum(jnp.arange(11) % 5 == 0)
     mask = (jnp.tril(jnp.ones((11, 11), bool)) & (seg[:, None] == seg))[None, None]
 
-    def value_and_grad():
+    def value_and_grad(causal=False):
         return jax.value_and_grad(
-            lambda *a: (attention.weighted(*a, mask) ** 2).sum(), argnums=(0, 1, 2)
+            lambda *a: (attention.weighted(*a, mask, causal) ** 2).sum(), argnums=(0, 1, 2)
         )(q, k, v)
 
     whole = value_and_grad()
     monkeypatch.setattr(attention, "QUERIES", 4)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), value_and_grad(), whole
-    )
+    for causal in (False, True):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+            value_and_grad(causal),
+            whole,
+        )

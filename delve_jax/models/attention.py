@@ -11,7 +11,8 @@ from jax import lax
 
 from .linear import at_least_f32, wide
 
-QUERIES = 512  # rows of the score matrix held at a time, where there are more than twice as many
+QUERIES = 128  # of a block of attention, at least
+MAX_BLOCKS = 16  # of one call: they are unrolled
 
 
 def frequencies(base: float, rotated: int) -> np.ndarray:
@@ -39,42 +40,42 @@ def attend(q_BTHh, k_BTGh, v_BTGh, state, ctx):
             for name, new in (("k", k), ("v", v))
         }
         k, v = state["k"].astype(q.dtype), state["v"].astype(q.dtype)
-    return weighted(q, k, v, ctx["mask_B1TS"]), state
+    return weighted(q, k, v, ctx["mask_B1TS"], causal=state is None), state
 
 
-def weighted(q_BTHh, k_BSGh, v_BSGh, mask_B1TS):
+def weighted(q_BTHh, k_BSGh, v_BSGh, mask_B1TS, causal: bool = False):
     """softmax(q k / sqrt h) v where the mask is True, G heads of k and v shared by H of q.
 
-    Long calls go by blocks of QUERIES and recompute a block's scores in the backward pass, so that
-    [B,H,T,S] is never held. `jax.nn.dot_product_attention` holds it, and takes the softmax of
-    float64 in float32.
+    It goes by blocks of queries whose scores are computed again in the backward pass, so that
+    [B,H,T,S] is never held (half the time of one block, on a CPU at T = 1024). causal: T = S, and
+    keys after a block are left out. `jax.nn.dot_product_attention` holds and computes them all, and
+    takes the softmax of float64 in float32.
     """
-    T = q_BTHh.shape[1]
-    if T <= 2 * QUERIES:
-        return _weighted(q_BTHh, k_BSGh, v_BSGh, mask_B1TS)
-    n = -(-T // QUERIES)
+    (b, T, H, h), (_, S, G, _) = q_BTHh.shape, k_BSGh.shape
+    # heads before positions, once; scaling q touches less than scaling the scores
+    q = jnp.moveaxis((q_BTHh * h**-0.5).reshape(b, T, G, H // G, h), 1, 3)
+    k, v = jnp.moveaxis(k_BSGh, 1, 2), jnp.moveaxis(v_BSGh, 1, 2)
+    size = max(QUERIES, -(-T // MAX_BLOCKS))
+    blocks = []
+    for at in range(0, T, size):
+        end = min(at + size, T)
+        seen = end if causal else S
+        block = jax.checkpoint(_block) if T > size else _block
+        blocks.append(
+            block(q[..., at:end, :], k[:, :, :seen], v[:, :, :seen], mask_B1TS[:, :, at:end, :seen])
+        )
+    y_BGnTh = jnp.concatenate(blocks, axis=3) if T > size else blocks[0]
+    return jnp.moveaxis(y_BGnTh, 3, 1).reshape(b, T, H, h)
 
-    def cut(a, axis):  # T -> [n, .., QUERIES, ..]; a query that fills up sees nothing
-        a = jnp.pad(a, [(0, n * QUERIES - T if i == axis else 0) for i in range(a.ndim)])
-        return jnp.moveaxis(a.reshape(*a.shape[:axis], n, QUERIES, *a.shape[axis + 1 :]), axis, 0)
 
-    def block(slot):
-        q_BcHh, mask_B1cS = slot
-        return _weighted(q_BcHh, k_BSGh, v_BSGh, mask_B1cS)
-
-    y = lax.map(jax.checkpoint(block), (cut(q_BTHh, 1), cut(mask_B1TS, 2)))
-    return jnp.moveaxis(y, 0, 1).reshape(q_BTHh.shape[0], n * QUERIES, *q_BTHh.shape[2:])[:, :T]
-
-
-def _weighted(q_BTHh, k_BSGh, v_BSGh, mask_B1TS):
-    b, T, H, h = q_BTHh.shape
-    G = k_BSGh.shape[2]
-    q = q_BTHh.reshape(b, T, G, H // G, h)
-    dtype = at_least_f32(q.dtype)
-    scores = jnp.einsum("btgnh,bsgh->bgnts", q, k_BSGh, preferred_element_type=dtype) * h**-0.5
+def _block(q_BGnTh, k_BGSh, v_BGSh, mask_B1TS):
+    """Attention of some (scaled) queries; dividing y touches less than dividing the weights."""
+    dtype = at_least_f32(q_BGnTh.dtype)
+    scores = jnp.einsum("bgnth,bgsh->bgnts", q_BGnTh, k_BGSh, preferred_element_type=dtype)
     scores = jnp.where(mask_B1TS[:, :, None], scores, jnp.finfo(dtype).min / 2)
-    weights = jax.nn.softmax(scores).astype(v_BSGh.dtype)
-    return jnp.einsum("bgnts,bsgh->btgnh", weights, v_BSGh).reshape(b, T, H, h)
+    e = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
+    y = jnp.einsum("bgnts,bgsh->bgnth", e.astype(v_BGSh.dtype), v_BGSh)
+    return (y / e.sum(-1, keepdims=True)).astype(v_BGSh.dtype)
 
 
 def init_caches(cfg, batch: int, max_len: int, n_kv: int, head_dim: int, dtype) -> dict:

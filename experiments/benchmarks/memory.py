@@ -2,8 +2,9 @@
 
 taskset -c 0,1 python experiments/benchmarks/memory.py [--out experiments/results/memory.json]
 Two shared CPU cores, 9 minutes; a DELVE of 147 M parameters (state 1.6 GiB, teachers 0.8 GiB),
-three steps of the real loop of 4 x 256 tokens. CE: planned 2.95 GiB, took 3.03 (1.03); CE + KL with three
-dense teachers: planned 3.72, took 4.14 (1.11). Before: imported, the step compiled, heap trimmed.
+three steps of the real loop of 4 x 256 tokens. CE: planned 2.95 GiB, took 3.03 (1.03); CE + KL with
+three dense teachers: planned 3.72, took 4.14 (1.11). Counted from after import and compilation,
+heap trimmed.
 """
 
 import os

@@ -1,7 +1,10 @@
 """Is training (forward, backward, AdamW) as fast as PyTorch's transformers, for every family?
 
 taskset -c 0,1 python experiments/benchmarks/training.py [--only NAME ...] [--repeats 7]
-RESULT
+PROVISIONAL, cores not quiet: repeat it (15 minutes) on quiet ones. Other work starves PyTorch's
+OpenMP threads, so ratios taken under load (`load` of a row above 2) are too high. Quiet rows:
+neox 2 x 256 0.72 of PyTorch eager (torch.compile: 0.64 of it); early run, 1 x 1024: 0.57, qwen3
+2 x 256 0.76. Under light load: rwkv 2 x 256 1.7, mamba 2 x 256 72 (no kernel of its own on a CPU).
 """
 
 import os
