@@ -18,7 +18,7 @@ quickstart: .venv/.ready
 	$(BIN)/python experiments/quickstart.py $(ARGS)
 
 test: .venv/.ready
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

@@ -1,10 +1,12 @@
 """Is training (forward, backward, AdamW) as fast as PyTorch's transformers, for every family?
 
 taskset -c 0,1 python experiments/benchmarks/training.py [--only NAME ...] [--repeats 7]
-PROVISIONAL, cores not quiet: repeat it (15 minutes) on quiet ones. Other work starves PyTorch's
-OpenMP threads, so ratios taken under load (`load` of a row above 2) are too high. Quiet rows:
-neox 2 x 256 0.72 of PyTorch eager (torch.compile: 0.64 of it); early run, 1 x 1024: 0.57, qwen3
-2 x 256 0.76. Under light load: rwkv 2 x 256 1.7, mamba 2 x 256 72 (no kernel of its own on a CPU).
+Two CPU cores. Other work starves PyTorch's OpenMP threads, so a row taken under load (its `load`
+above 3) reads too high: repeat it. Ratio to PyTorch eager, quiet: neox 0.77 (2 x 256), 0.70
+(1 x 1024); qwen3 0.76, 0.64; rwkv 1.7, 2.7. Under light load: mamba 2 x 256 72 (transformers has no
+kernel of its own on a CPU); mamba 1 x 1024 not measured. Where the time of the attention families
+goes: attention at T = 1024, and weight gradients (XLA multiplies by a transposed copy, 0.7 of the
+rate of its other products).
 """
 
 import os
