@@ -361,7 +361,7 @@ def _tokenizer_for(cfg: Config, tokenizer: str | None, text: Sequence[str]) -> s
 
 
 def _opener(text, documents, tokenizer_json, vocab_size: int, seed: int):
-    """open_data(T, batch, shard, shards) of a run; text is tokenised once."""
+    """open_data(T, batch, shard, shards) of a run; text files are tokenised at each call."""
     if documents is None:
         return lambda T, batch, shard, shards: data.training_set(
             text, tokenizer_json, vocab_size, T + 1, batch, seed, shard, shards

@@ -178,9 +178,7 @@ def step_of(cfg: Config, teachers: tuple, settings: Settings, mesh: Mesh):
     """(the step of a run, its abstract arguments): to be lowered where nothing is allocated."""
     T = settings.row_length(cfg)
     optimizer = settings.make_optimizer(max(1, settings.steps(T)))
-    state = jax.eval_shape(
-        lambda: init_state(models.init_params(cfg, jax.random.key(0)), optimizer)
-    )
+    state = jax.eval_shape(lambda p: init_state(p, optimizer), shapes_of(cfg, settings))
     frozen = ()
     if teachers:
         frozen = {
