@@ -4,6 +4,8 @@ State: k, v [L,B,S,G,h] caches, `index` tokens written, `pos_B` next position of
 `valid_BS` (False where a row is left-padded). S is fixed: `LM.step` grows it when it is full.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,36 +48,74 @@ def attend(q_BTHh, k_BTGh, v_BTGh, state, ctx):
 def weighted(q_BTHh, k_BSGh, v_BSGh, mask_B1TS, causal: bool = False):
     """softmax(q k / sqrt h) v where the mask is True, G heads of k and v shared by H of q.
 
-    It goes by blocks of queries whose scores are computed again in the backward pass, so that
-    [B,H,T,S] is never held (half the time of one block, on a CPU at T = 1024). causal: T = S, and
-    keys after a block are left out. `jax.nn.dot_product_attention` holds and computes them all, and
+    It goes by blocks of queries and keeps one number a query for the backward pass
+    (FlashAttention, arXiv 2205.14135), so that [B,H,T,S] is never held. causal: T = S, and keys
+    after a block are left out. `jax.nn.dot_product_attention` holds and computes them all, and
     takes the softmax of float64 in float32.
     """
-    (b, T, H, h), (_, S, G, _) = q_BTHh.shape, k_BSGh.shape
+    (b, T, H, h), G = q_BTHh.shape, k_BSGh.shape[2]
     # heads before positions, once; scaling q touches less than scaling the scores
     q = jnp.moveaxis((q_BTHh * h**-0.5).reshape(b, T, G, H // G, h), 1, 3)
     k, v = jnp.moveaxis(k_BSGh, 1, 2), jnp.moveaxis(v_BSGh, 1, 2)
-    size = max(QUERIES, -(-T // MAX_BLOCKS))
-    blocks = []
-    for at in range(0, T, size):
-        end = min(at + size, T)
-        seen = end if causal else S
-        block = jax.checkpoint(_block) if T > size else _block
-        blocks.append(
-            block(q[..., at:end, :], k[:, :, :seen], v[:, :, :seen], mask_B1TS[:, :, at:end, :seen])
-        )
-    y_BGnTh = jnp.concatenate(blocks, axis=3) if T > size else blocks[0]
+    y_BGnTh = _attention(causal, q, k, v, mask_B1TS)
     return jnp.moveaxis(y_BGnTh, 3, 1).reshape(b, T, H, h)
 
 
-def _block(q_BGnTh, k_BGSh, v_BGSh, mask_B1TS):
-    """Attention of some (scaled) queries; dividing y touches less than dividing the weights."""
-    dtype = at_least_f32(q_BGnTh.dtype)
-    scores = jnp.einsum("bgnth,bgsh->bgnts", q_BGnTh, k_BGSh, preferred_element_type=dtype)
-    scores = jnp.where(mask_B1TS[:, :, None], scores, jnp.finfo(dtype).min / 2)
-    e = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
-    y = jnp.einsum("bgnts,bgsh->bgnth", e.astype(v_BGSh.dtype), v_BGSh)
-    return (y / e.sum(-1, keepdims=True)).astype(v_BGSh.dtype)
+def _blocks(causal: bool, T: int, S: int):
+    """(queries, keys) of each block, as slices."""
+    size = max(QUERIES, -(-T // MAX_BLOCKS))
+    for at in range(0, T, size):
+        end = min(at + size, T)
+        yield slice(at, end), slice(0, end if causal else S)
+
+
+def _scores(q_BGnth, k_BGsh, mask_B1ts):
+    dtype = at_least_f32(q_BGnth.dtype)
+    scores = jnp.einsum("bgnth,bgsh->bgnts", q_BGnth, k_BGsh, preferred_element_type=dtype)
+    return jnp.where(mask_B1ts[:, :, None], scores, jnp.finfo(dtype).min / 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(causal, q_BGnTh, k_BGSh, v_BGSh, mask_B1TS):
+    """Attention of scaled queries, heads first."""
+    return _forward(causal, q_BGnTh, k_BGSh, v_BGSh, mask_B1TS)[0]
+
+
+def _forward(causal, q, k, v, mask):
+    ys, logs = [], []
+    for t, s in _blocks(causal, q.shape[3], k.shape[2]):
+        scores = _scores(q[..., t, :], k[:, :, s], mask[:, :, t, s])
+        top = scores.max(-1, keepdims=True)
+        e = jnp.exp(scores - top)
+        total = e.sum(-1, keepdims=True)
+        y = jnp.einsum("bgnts,bgsh->bgnth", e.astype(v.dtype), v[:, :, s])
+        ys.append((y / total).astype(v.dtype))  # dividing y touches less than dividing e
+        logs.append(top + jnp.log(total))
+    y, log = (jnp.concatenate(parts, axis=3) for parts in (ys, logs))
+    return y, (q, k, v, mask, y, log)
+
+
+def _backward(causal, saved, g_BGnTh):
+    """With weights p: dv = p'g, ds = p (g v' - sum(g y)), dq = ds k, dk = ds'q."""
+    q, k, v, mask, y, log = saved
+    dtype = at_least_f32(q.dtype)
+    mean_BGnT1 = (wide(g_BGnTh) * wide(y)).sum(-1, keepdims=True)
+    dq, dk, dv = [], jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype)
+    for t, s in _blocks(causal, q.shape[3], k.shape[2]):
+        q_t, g_t, k_s, v_s = q[..., t, :], g_BGnTh[..., t, :], k[:, :, s], v[:, :, s]
+        p = jnp.exp(_scores(q_t, k_s, mask[:, :, t, s]) - log[..., t, :])
+        dp = jnp.einsum("bgnth,bgsh->bgnts", g_t, v_s, preferred_element_type=dtype)
+        ds = (p * (dp - mean_BGnT1[..., t, :])).astype(q.dtype)
+        dq.append(jnp.einsum("bgnts,bgsh->bgnth", ds, k_s))
+        into = "bgnts,bgnth->bgsh"
+        dk = dk.at[:, :, s].add(jnp.einsum(into, ds, q_t, preferred_element_type=dtype))
+        dv = dv.at[:, :, s].add(
+            jnp.einsum(into, p.astype(g_t.dtype), g_t, preferred_element_type=dtype)
+        )
+    return jnp.concatenate(dq, axis=3), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_attention.defvjp(_forward, _backward)
 
 
 def init_caches(cfg, batch: int, max_len: int, n_kv: int, head_dim: int, dtype) -> dict:
