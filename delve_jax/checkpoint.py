@@ -290,8 +290,7 @@ def restore(src: str | Path, mesh=None, dtype: str | None = None) -> tuple[Confi
         raise DelveError(
             f"{src}: array {name} is {found.get(name)}, config.json says {expected.get(name)}"
         )
-    cast = lambda x: jax.numpy.dtype(dtype) if dtype else x.dtype  # noqa: E731
-    tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, cast(x)), tree)
+    tree = models.cast(tree, dtype) if dtype else tree
     return cfg, part(_restore_tree(path, part(_placed(tree, mesh), wrap=True)))
 
 

@@ -13,10 +13,19 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 Ranks = tuple[tuple[str, tuple[int, ...]], ...]
+STORAGES = ("uv", "pivot", "int8")  # forms of a factored map, see `models.linear`
 
 
 class DelveError(Exception):
     """Bad input: one line that names the file, tensor, field or flag and the way out (exit 2)."""
+
+
+class Factored(NamedTuple):
+    """How one factored map of a stack is held: what its modules must know to declare it."""
+
+    rank: int  # K, the largest true rank: all layers are padded to it
+    least: int  # the smallest true rank
+    storage: str = "uv"
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,8 @@ class ParentConfig:
     tie_embeddings: bool = False
     context_length: int = 2048  # length of the training windows
     ranks: Ranks = ()  # map name -> true rank per layer; a missing name is dense
+    storage: str = "uv"  # form of all factored maps: uv, or made after training pivot or int8
+    neurons: tuple[int, ...] = ()  # true F of each layer, d_ffn the largest (or 1); (): d_ffn
     dtype: str = "float32"  # dtype of the source's tensors
     hf_config: str = ""  # the source's config.json, verbatim: the way back
     family: ClassVar[str] = ""
@@ -39,10 +50,10 @@ class ParentConfig:
         """True rank of the map `name` in each layer, or None where it is dense."""
         return dict(self.ranks).get(name)
 
-    def pad_rank(self, name: str) -> int | None:
-        """Rank that the stacked factors of `name` are padded to (None: dense)."""
+    def factored(self, name: str) -> Factored | None:
+        """How the stacked factors of `name` are held (None: dense)."""
         ranks = self.rank(name)
-        return None if ranks is None else max(ranks)
+        return None if ranks is None else Factored(max(ranks), min(ranks), self.storage)
 
 
 @dataclass(frozen=True)
@@ -161,6 +172,8 @@ def from_json(data: dict, where: str = "config.json") -> Config:
     names = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(set(data) - names):
         raise DelveError(f"{where}: unknown field '{unknown[0]}' for family {cls.family}")
+    if data.get("storage", "uv") not in STORAGES:
+        raise DelveError(f"{where}: field 'storage' must be one of {', '.join(STORAGES)}")
     if "ranks" in data:
         data["ranks"] = tuple((k, tuple(v)) for k, v in data["ranks"].items())
     if "streams" in data:
@@ -169,11 +182,24 @@ def from_json(data: dict, where: str = "config.json") -> Config:
     if "teachers" in data:
         data["teachers"] = tuple(data["teachers"])
     try:
+        if "neurons" in data:
+            data["neurons"] = _neurons(data["neurons"], data, where)
         if data.get("rope_scaling") is not None:
             data["rope_scaling"] = RopeScaling(*data["rope_scaling"])
         return cls(**data)
     except TypeError as err:
         raise DelveError(f"{where}: {err}") from None
+
+
+def _neurons(value, data: dict, where: str) -> tuple[int, ...]:
+    """The field `neurons`, checked against the stack that it describes."""
+    neurons, layers, width = tuple(value), data.get("n_layers"), data.get("d_ffn")
+    if neurons and (width is None or len(neurons) != layers or max(1, *neurons) != width):
+        raise DelveError(
+            f"{where}: field 'neurons' must name one MLP width for each of the {layers} layers, "
+            f"the largest of them d_ffn ({width})"
+        )
+    return neurons
 
 
 def read_json(path: str | Path) -> dict:

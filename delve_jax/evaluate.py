@@ -65,8 +65,8 @@ def as_scorer(model) -> Scorer:
 
 
 def parameter_bytes(cfg: Config) -> int:
-    """Bytes of the parameters as stored: their true count in the config's dtype."""
-    return models.count(cfg) * jnp.dtype(cfg.dtype).itemsize
+    """Bytes of the parameters as stored, in the config's dtype and form of the factored maps."""
+    return models.parameter_bytes(cfg)
 
 
 def nll_of(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -33,15 +33,15 @@ _ROW = r"(out_proj|x_proj|att/(output|out|o)|ffn/value|mlp/down)"
 # regex on the end of a path -> axes of the LAST dimensions; leading ones (layers) are whole
 RULES: tuple[tuple[str, tuple], ...] = (
     (r"embed/kernel", ("model", "data")),  # [V, D]
-    (r"embed/v", ("model", "data")),  # [V, K]
-    (r"embed/u", ("data", "model")),  # [K, D]
+    (r"embed/v(_q)?", ("model", "data")),  # [V, K]
+    (r"embed/u(_q|_rest)?", ("data", "model")),  # [K, D]
     (_COLUMN + r"/kernel", ("data", "model")),  # [I, O]
-    (_COLUMN + r"/v", ("data", None)),  # [I, K]
-    (_COLUMN + r"/u", ("data", "model")),  # [K, O]
+    (_COLUMN + r"/v(_q|_rest)?", ("data", None)),  # [I, K]
+    (_COLUMN + r"/u(_q|_rest)?", ("data", "model")),  # [K, O]
     (_COLUMN + r"/bias", ("model",)),
     (_ROW + r"/kernel", ("model", "data")),
-    (_ROW + r"/v", ("model", "data")),
-    (_ROW + r"/u", (None, "data")),
+    (_ROW + r"/v(_q|_rest)?", ("model", "data")),
+    (_ROW + r"/u(_q|_rest)?", (None, "data")),
     (r"conv/kernel", (None, "model")),  # [W, E]
     (r"conv/bias|att/time_(decay|first)|layers/D", ("model",)),
     (r"A_log", ("model", None)),  # [E, N]

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -12,8 +13,10 @@ from tokenizers import Tokenizer
 
 import delve_jax
 from delve_jax import models
-from delve_jax.compress import compress, moments, vocab
+from delve_jax.compress import compress, curves, moments, spectra, vocab
 from delve_jax.compress.factorize import factor, svd
+from delve_jax.compress.moments import HEAD_TOKENS, Sweep
+from delve_jax.compress.spectra import InMemory, at
 from delve_jax.config import DelveConfig, DelveError, MambaConfig, NeoxConfig, RwkvConfig
 from delve_jax.models.linear import Linear, materialise
 
@@ -176,14 +179,14 @@ def test_directions_without_data_follow_plain_svd():
 
 def table_problem():
     rng = np.random.default_rng(5)
-    p = vocab.frequencies((rng.beta(0.5, 3, 500) * 90).astype(int), 90)
+    p = vocab.weights(vocab.frequencies((rng.beta(0.5, 3, 500) * 90).astype(int), 90))
     f = rng.normal(size=(200, 16)) @ rng.normal(size=(16, 16)) + 1.0
     return p, rng.normal(size=(90, 16)) + 0.3, f.T @ f / 200
 
 
-def test_frequencies_are_smoothed():
-    p = vocab.frequencies(np.array([[0, 0, 2]]), 4)
-    assert p.sum() == pytest.approx(1) and p.min() > 0 and p[0] > p[2] > p[1] == p[3]
+def test_weights_of_words_are_smoothed():
+    w = vocab.weights(vocab.frequencies(np.array([[0, 0, 2]]), 4))
+    assert w.sum() == pytest.approx(1) and w.min() > 0 and w[0] > w[2] > w[1] == w[3]
 
 
 def test_embedding_is_optimal_for_weighted_lookups():
@@ -261,34 +264,179 @@ def test_moments_are_those_of_the_explicit_activations(family):
     cfg = SMALL[family]
     params, tokens = trained_like(cfg), windows(cfg)
     layers, f = inputs_of(cfg, params, tokens)
-    for layer, sown in moments.stream(cfg, params, tokens):
+    sweep = Sweep(InMemory(cfg, params), tokens, inputs=True)
+    for layer, sown in sweep.forward():
         if layer == "head":
             f = f.reshape(-1, cfg.d_model)
             want = f.T @ f / len(f)
-            np.testing.assert_allclose(sown["head"].gram, want, atol=1e-5 * np.abs(want).max())
+            np.testing.assert_allclose(sown.gram, want, atol=1e-5 * np.abs(want).max())
+            np.testing.assert_allclose(sown.abs_D, np.abs(f).mean(0), rtol=1e-4)
             continue
         assert sown.keys() == layers[layer].keys() and len(sown) >= 4
         for path, m in sown.items():
-            x, kernel = layers[layer][path], params["layers"]
-            for part in path.split("/"):
-                kernel = kernel[part]
-            kernel = kernel["kernel"][layer].astype(np.float64)
+            x = layers[layer][path]
+            kernel = at(params["layers"], path)["kernel"][layer].astype(np.float64)
             want = gram_of(x, kernel, m.over)
             assert m.count == tokens.size and len(m.gram) == min(kernel.shape)
             np.testing.assert_allclose(m.gram, want, atol=1e-5 * np.abs(want).max(), err_msg=path)
             np.testing.assert_allclose(m.mean_I, x.mean(0), atol=1e-5 * np.abs(x).max())
+            np.testing.assert_allclose(m.abs_I, np.abs(x).mean(0), atol=1e-5 * np.abs(x).max())
+            want = x.T @ x / len(x)
+            np.testing.assert_allclose(m.inputs, want, atol=1e-5 * np.abs(want).max())
 
 
 def test_moments_do_not_depend_on_the_chunk_size(monkeypatch):
     cfg = dataclasses.replace(NEOX, d_model=128, d_ffn=256, n_layers=1)
     params, tokens = trained_like(cfg), windows(cfg, n=23)
-    whole = list(moments.stream(cfg, params, tokens))
+    ((_, whole), _) = Sweep(InMemory(cfg, params), tokens).forward()
     monkeypatch.setattr(moments, "TOKENS", 5 * 16)  # 23 windows: four chunks of 5 and one of 3
-    for (_, a), (_, b) in zip(whole, moments.stream(cfg, params, tokens), strict=True):
-        for path in a:
-            apart = np.linalg.norm(a[path].gram - b[path].gram)
-            assert apart <= 1e-6 * np.linalg.norm(a[path].gram), path
-            assert a[path].count == b[path].count == tokens.size
+    ((_, parts), _) = Sweep(InMemory(cfg, params), tokens).forward()
+    for path, m in whole.items():
+        apart = np.linalg.norm(m.gram - parts[path].gram)
+        assert apart <= 1e-6 * np.linalg.norm(m.gram), path
+        assert m.count == parts[path].count == tokens.size
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_gradients_are_those_of_the_sampled_loss(family, tmp_path):
+    """E[g g^T] of every map and of the embedding, against jax.grad through the whole model."""
+    cfg = SMALL[family]
+    params, tokens = trained_like(cfg), windows(cfg)
+    sweep = Sweep(InMemory(cfg, params), tokens, tmp_path, seed=3)
+    sweep.boundaries()
+    *_, mean_p_V = sweep.head()
+    assert mean_p_V.sum() == pytest.approx(1, abs=1e-4)
+    logits = np.asarray(models.forward(cfg, params, jnp.asarray(tokens))[0])
+    flat = logits.reshape(-1, logits.shape[-1])
+    labels = [
+        jax.random.categorical(jax.random.fold_in(jax.random.key(3), i), flat[i : i + HEAD_TOKENS])
+        for i in range(0, len(flat), HEAD_TOKENS)
+    ]
+    labels = np.concatenate(labels).reshape(tokens.shape)
+    block = models.FAMILY[cfg.family].Block(cfg)
+    bumps = [
+        jax.eval_shape(
+            lambda i=i: block.apply(
+                {"params": jax.tree.map(lambda a: a[i], params["layers"])},
+                jnp.zeros((*tokens.shape, cfg.d_model)), None,
+                models.FAMILY[cfg.family].context(cfg, jnp.zeros((*tokens.shape, cfg.d_model)))[0],
+                mutable=["perturbations"],
+            )[1]["perturbations"]
+        )
+        for i in range(cfg.n_layers)
+    ]  # fmt: skip
+    bumps = jax.tree.map(lambda a: jnp.zeros(a.shape), bumps)
+
+    def loss(bumps):
+        x = models.embed_tokens(cfg, params, jnp.asarray(tokens))
+        ctx, _ = models.FAMILY[cfg.family].context(cfg, x)
+        for i, bump in enumerate(bumps):
+            layer = {"params": jax.tree.map(lambda a, i=i: a[i], params["layers"])}
+            x, _ = block.apply({**layer, "perturbations": bump}, x, None, ctx)
+        out = jax.nn.log_softmax(
+            models.head_logits(cfg, params, models.final_features(cfg, params, x))
+        )
+        return -jnp.take_along_axis(out, labels[..., None], -1).sum()
+
+    want = jax.jit(jax.grad(loss))(bumps)
+    for i in range(cfg.n_layers - 1, -1, -1):
+        for path, m in sweep.layer(i).items():
+            g = np.asarray(at(want[i], path)["out"], np.float64)
+            g = g.reshape(-1, g.shape[-1])
+            kernel = at(params["layers"], path)["kernel"][i].astype(np.float64)
+            side = g @ kernel.T if m.over == "inputs" else g
+            gram = side.T @ side / len(g)
+            np.testing.assert_allclose(m.grad, gram, atol=2e-4 * np.abs(gram).max(), err_msg=path)
+        sweep.drop(i)
+    assert (
+        np.all(np.isfinite(sweep.embed_grad())) and sweep.embed_grad().shape == (cfg.d_model,) * 2
+    )
+
+
+def test_two_sided_loss_is_its_tail_and_beats_the_one_sided(tmp_path):
+    """C4, both routes: tr(G dW^T C dW) of the explicit matrices."""
+    rng = np.random.default_rng(5)
+    for n_in, n_out in ((24, 40), (40, 24), (32, 32)):
+        w = rng.normal(size=(n_in, n_out))
+        x = rng.normal(size=(500, n_in)) @ rng.normal(size=(n_in, n_in))
+        g = rng.normal(size=(500, n_out)) * np.logspace(0, -2, n_out)
+        c, metric = x.T @ x / 500, g.T @ g / 500
+        over = "inputs" if n_out > n_in else "outputs"
+        gram = c if over == "inputs" else w.T @ c @ w
+        grad = w @ metric @ w.T if over == "inputs" else metric
+        two = factor(w, 9, gram, over=over, grad=grad, damping=0.0)
+        one = factor(w, 9, gram, over=over)
+
+        def lost(fit, w=w, c=c, metric=metric):
+            d = w - fit.v_IK @ fit.u_KO
+            return np.trace(metric @ d.T @ c @ d)
+
+        assert lost(two) == pytest.approx(two.spectrum[9:].sum(), rel=1e-8)
+        assert lost(two) < 0.9 * lost(one)
+        # G = I: the one-sided optimum
+        plain = w @ w.T if over == "inputs" else np.eye(n_out)
+        same = factor(w, 9, gram, over=over, grad=plain, damping=0.0)
+        assert lost(same) == pytest.approx(lost(one), rel=1e-7)
+
+
+# --- ranks ---------------------------------------------------------------------------------------
+
+
+def test_curve_goes_through_both_points_and_knows_nothing():
+    a, b = curves.through((0.01, 0.02), (0.1, 0.3))
+    assert a * 0.01**b == pytest.approx(0.02) and a * 0.1**b == pytest.approx(0.3)
+    assert curves.through((1e-12, 1e-12), (1e-11, 1e-12)) == (1.0, 1.0)
+    assert curves.through((0.0, 0.0), (0.1, 0.3)) == pytest.approx((3.0, 1.0))
+    a, b = curves.through((0.01, 1e-6), (0.1, 0.3))  # steeper than two points may say
+    assert b == 2.0 and 1e-6 < a * 0.01**b and a * 0.1**b < 0.3
+
+
+def test_allocation_meets_the_budget_and_its_bound_and_is_repeatable(tmp_path):
+    """C6: never over, gap small; a folder of factors serves several ratios with the same bits."""
+    cfg = NEOX
+    params, tokens = trained_like(cfg), windows(cfg)
+    alone = compress(cfg, params, tokens, keep=0.5, progress=False)
+    for keep in (0.7, 0.5):
+        new, small, report = compress(
+            cfg, params, tokens, keep=keep, progress=False, work=tmp_path / "work"
+        )
+        assert models.count(new) == report.plan.parameters <= keep * models.count(cfg)
+        assert report.bound <= report.expected * (1 + 1e-9)
+    assert new == alone[0]
+    jax.tree.map(np.testing.assert_array_equal, small, alone[1])
+    with pytest.raises(DelveError, match="another parent, text or method"):
+        compress(cfg, params, tokens, keep=0.5, method="asvd", progress=False,
+                 work=tmp_path / "work")  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["delve", "svd-llm"])
+def test_killed_anywhere_goes_on_to_the_same_bits(method, tmp_path, monkeypatch):
+    """C9: stopped after every file in turn, the next run ends with the bits of an undisturbed."""
+    cfg = NEOX
+    params, tokens = trained_like(cfg), windows(cfg)
+    want = compress(cfg, params, tokens, keep=0.5, method=method, progress=False)[1]
+    real, left = spectra._write, [0]
+
+    def dying(file, **arrays):
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        real(file, **arrays)
+
+    monkeypatch.setattr(spectra, "_write", dying)
+    work, stops = tmp_path / "work", 0
+    while True:
+        left[0] = 1  # one more file each time
+        try:
+            got = compress(cfg, params, tokens, keep=0.5, method=method, progress=False, work=work)[
+                1
+            ]
+            break
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops >= cfg.n_layers
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert not list(work.glob("*.npy")), "boundaries are gone in the end"
 
 
 # --- whole parents -------------------------------------------------------------------------------
@@ -301,7 +449,8 @@ def test_compressed_parent_runs_and_equals_its_explicit_product(family, method, 
     params, tokens = trained_like(cfg), windows(cfg)
     new, small, report = compress(cfg, params, tokens, keep=keep, method=method, progress=False)
     assert new.vocab_rows == cfg.vocab_size and new.ranks
-    assert ("embed" in report.errors) == (keep < 0.5)  # tables dense and factored, one of them tied
+    if method == "svd":
+        assert "embed" in report.errors  # tables factored, one of them tied
     assert models.count(new) == report.plan.parameters <= keep * models.count(cfg)
     abstract = models.abstract_params(new)
     jax.tree.map(lambda a, b: (a.shape == b.shape) or pytest.fail(f"{a} {b}"), small, abstract)
@@ -344,7 +493,9 @@ def assert_beats_plain(cfg, params, tokens, keeps):
 
 
 def _check_maps(cfg, params, tokens, keep, layers):
-    new, small, report = compress(cfg, params, tokens, keep=keep, progress=False)
+    new, small, report = compress(
+        cfg, params, tokens, keep=keep, metric=False, allocation=False, progress=False
+    )
     _, plain, _ = compress(cfg, params, None, keep=keep, method="svd", progress=False)
     checked = 0
     for name, ranks in new.ranks:

@@ -1,25 +1,29 @@
-"""Compression of a dense parent into low-rank factors: plan ranks, stream moments, factorise.
+"""Compression of a dense parent into low-rank factors: factors of every rank, ranks, assembly.
 
 `compress` needs tokens, not text; it returns the same family with `ranks` set, so the compressed
-parent runs through the same modules. Teacher activations feed every layer.
+parent runs through the same modules. Three stages: `spectra` (factors of every map at every rank,
+on disk, resumable), ranks (`curves` and `knapsack`, or the uniform rule of `allocate`), assembly.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from .. import VerbModule
 from ..config import DelveError, ParentConfig
-from . import factorize, moments, vocab
+from . import curves, knapsack, moments
 from .allocate import Map, Plan, allocate, budget_of, parent_maps
+from .spectra import TABLES, InMemory, Spectra, at, recipe
 
-METHODS = ("delve", "svd")
+# "+allocation": the method's own factors at the ranks that our allocator gives them
+METHODS = ("delve", "svd", "asvd", "svd-llm", "svd-llm+allocation")
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,9 @@ class Report:
     shapes: dict[str, tuple[int, int]]  # kernel [I, O] of every factored map
     errors: dict[str, list[float]] = field(default_factory=dict)  # in the metric of the method
     spectra: dict[str, np.ndarray] = field(default_factory=dict)  # sigma^2 [L, min(I, O)], float64
+    expected: float | None = None  # KL(parent || compressed), nats a token, by the allocator
+    bound: float | None = None  # and the least that any allocation in these modes could have
+    curves: dict[str, tuple[float, float]] = field(default_factory=dict)  # nats = a tail^b
 
     def to_json(self) -> dict:
         """Everything but the spectra (`np.savez(path, **report.spectra)` saves those)."""
@@ -43,6 +50,9 @@ class Report:
             "budget": plan.budget,
             "rho": plan.rho,
             "tables": plan.tables,
+            "expected_kl": self.expected,
+            "bound_kl": self.bound,
+            "curves": {name: list(ab) for name, ab in self.curves.items()},
             "maps": {
                 name: {
                     "shape": list(self.shapes[name]),
@@ -57,7 +67,7 @@ class Report:
 def plan_for(
     cfg: ParentConfig, *, keep: float | None = None, budget: int | None = None
 ) -> tuple[Plan, dict[str, Map]]:
-    """The ranks that `compress` would use and the maps by name, from shapes alone."""
+    """The ranks of the uniform rule and the maps by name, from shapes alone."""
     body, tables, total = parent_maps(cfg)
     plan = allocate(body, tables, total, budget_of(total, keep, budget))
     return plan, {m.name: m for m in [*tables, *body]}
@@ -71,6 +81,11 @@ def compress(
     keep: float | None = None,
     budget: int | None = None,
     method: str = "delve",
+    metric: bool = True,
+    bias: bool = True,
+    allocation: bool | None = None,
+    seed: int = 0,
+    work: str | Path | None = None,
     progress: bool = True,
 ) -> tuple[ParentConfig, dict, Report]:
     """Factorise a dense parent -> (config with ranks, parameters, Report).
@@ -78,55 +93,92 @@ def compress(
     tokens_NT: int calibration windows [N, T] (method "svd" takes None). keep: kept share of ALL
     parameters, counted at the valid vocabulary rows; or budget: their absolute number. keep 1.0
     returns the parameters unchanged but for the padding rows of the vocabulary, which are always
-    cut. Factors keep the kernel's dtype and come back on the default device: a caller with a mesh
-    lays them out again. DelveError: unknown method, family or ratio, ids out of range, weights or
-    activations that are not finite.
+    cut. metric, bias, allocation: parts of method "delve" (all on; the ablation turns them off).
+    seed: of the labels that the metric samples. work: folder of the factors at every rank, which
+    another keep ratio takes up again (None: a temporary one). Factors keep the kernel's dtype and
+    come back on the default device: a caller with a mesh lays them out again. DelveError: unknown
+    method, family or ratio, ids out of range, weights or activations that are not finite.
     """
     if method not in METHODS:
         raise DelveError(f"--method {method}: unknown; available are {', '.join(METHODS)}")
-    if getattr(cfg, "ranks", ()):
+    if getattr(cfg, "ranks", ()) or getattr(cfg, "neurons", ()):
         raise DelveError("the checkpoint is compressed already: compress its dense source instead")
     plan, maps = plan_for(cfg, keep=keep, budget=budget)
     params = _cut_padding(cfg, params)
-    shapes = {name: (maps[name].n_in, maps[name].n_out) for name in plan.ranks}
-    report = Report(method, plan, shapes)
-    new = dataclasses.replace(cfg, vocab_rows=cfg.vocab_size, ranks=tuple(plan.ranks.items()))
-    if not plan.ranks:
-        return new, params, report
-    if method == "delve":
-        if tokens_NT is None:
-            raise DelveError("--method delve needs calibration tokens; --method svd does not")
+    dense = dataclasses.replace(cfg, vocab_rows=cfg.vocab_size)
+    if plan.budget >= plan.total:
+        return dense, params, Report(method, plan, {})
+    if tokens_NT is not None:
         tokens_NT = moments.check_tokens(tokens_NT, cfg.vocab_size)
-        dense = dataclasses.replace(cfg, vocab_rows=cfg.vocab_size)
-        steps = moments.stream(dense, params, tokens_NT)
-    else:
-        steps = [*((layer, None) for layer in range(cfg.n_layers)), ("head", None)]
-    out: dict[str, dict] = {}
-    errors: dict[str, list[float]] = {name: [] for name in plan.ranks}
-    spectra: dict[str, list[np.ndarray]] = {name: [] for name in plan.ranks}
-    bar = tqdm(
-        steps,
-        total=cfg.n_layers + 1,
-        desc="compress",
-        unit="layer",
-        file=sys.stderr,
-        disable=not progress,
+    elif method != "svd":
+        raise DelveError(f"--method {method} needs calibration tokens; --method svd does not")
+    ours = method == "delve"
+    how = recipe(method.removesuffix("+allocation"), metric=metric, centred=bias)
+    if allocation is None:
+        allocation = ours or method.endswith("+allocation")
+    body, tables, _ = parent_maps(cfg)
+    body, tables = ([m for m in some if m.max_rank] for some in (body, tables))
+    key = {"method": method.removesuffix("+allocation"), "metric": metric, "bias": bias}
+    with tempfile.TemporaryDirectory(prefix="delve-") as place:
+        spectra = Spectra(InMemory(dense, params), body, tables, tokens_NT, Path(work or place),
+                          how, key, seed, progress)  # fmt: skip
+        report = Report(method, plan, {})
+        if allocation:
+            report = _allocated(spectra, [*tables, *body], plan, report)
+        return _assembled(dense, params, spectra, maps, report)
+
+
+def _allocated(spectra: Spectra, maps: list[Map], plan: Plan, report: Report) -> Report:
+    """The report with the ranks of least expected loss in the place of the uniform ones."""
+    fits = spectra.curves(lambda: curves.measure(spectra, maps))
+    fixed = plan.total - sum(m.layers * m.dense for m in maps)
+    choice = knapsack.choose(
+        curves.kinds(spectra, maps, fits), fixed, plan.budget, total=plan.total
     )
-    for layer, sown in bar:
-        if layer == "head":
-            p_V = None if sown is None else vocab.frequencies(tokens_NT, cfg.vocab_size)
-            gram = None if sown is None else sown["head"].gram
-            fits = _tables(cfg, params, plan, gram, p_V)
-        else:
-            fits = _layer(params["layers"], layer, plan, sown)
-        for name, fit in fits.items():
-            if not (np.isfinite(fit.v_IK).all() and np.isfinite(fit.u_KO).all()):
-                raise DelveError(f"map {name}, layer {layer}: NaN or Inf in the weights")
+    ranks = {
+        m.name: tuple(choice.sizes[m.name, layer] for layer in range(m.layers))
+        for m in maps
+        if choice.modes[m.name] == "factored"
+    }
+    factored = any(name in ranks for name in TABLES)
+    new = dataclasses.replace(
+        plan, ranks=ranks, parameters=choice.parameters,
+        rho=plan.budget / plan.total, tables="factored" if factored else "dense",
+    )  # fmt: skip
+    return dataclasses.replace(
+        report, plan=new, expected=choice.error, bound=choice.bound, curves=fits
+    )
+
+
+def _assembled(dense: ParentConfig, params: dict, spectra: Spectra, maps: dict, report: Report):
+    """The factored parent at the plan's ranks, slices of the factors on disk."""
+    out, errors, whole = {}, {}, {}
+    for name, ranks in report.plan.ranks.items():
+        leaf = at(params if name in TABLES else params["layers"], name)
+        dtype, width = leaf["kernel"].dtype, max(1, *ranks)  # no program runs on empty arrays
+        m, table = maps[name], name in TABLES
+        v = np.zeros((m.layers, m.n_in, width), dtype)
+        u = np.zeros((m.layers, width, m.n_out), dtype)
+        shifts = []
+        errors[name], whole[name] = [], []
+        for layer, rank in enumerate(ranks):
+            fit = spectra.factors(name, layer, rank, leaf["kernel"] if table else
+                                  np.asarray(leaf["kernel"][layer]))  # fmt: skip
+            v[layer, :, :rank], u[layer, :rank] = fit.v_IK, fit.u_KO
+            shifts.append(fit.bias_O)
             errors[name].append(fit.error)
-            spectra[name].append(fit.spectrum)
-            _store(out, params, name, layer, plan.ranks[name], fit)
-    report.errors.update(errors)
-    report.spectra.update({name: np.stack(rows) for name, rows in spectra.items()})
+            whole[name].append(fit.spectrum)
+        out[name] = {"v": v[0], "u": u[0]} if table else {"v": v, "u": u}
+        if "bias" in leaf:
+            old = np.asarray(leaf["bias"], np.float64)
+            shifted = old if shifts[0] is None else old + np.stack(shifts)
+            out[name]["bias"] = shifted.astype(leaf["bias"].dtype)
+    shapes = {name: (maps[name].n_in, maps[name].n_out) for name in report.plan.ranks}
+    report = dataclasses.replace(
+        report, shapes=shapes, errors=errors,
+        spectra={name: np.stack(rows) for name, rows in whole.items()},
+    )  # fmt: skip
+    new = dataclasses.replace(dense, ranks=tuple(report.plan.ranks.items()))
     return new, _rebuild(params, out), report
 
 
@@ -139,89 +191,6 @@ def _cut_padding(cfg: ParentConfig, params: dict) -> dict:
     if "head" in params:
         params["head"] = {**params["head"], "kernel": params["head"]["kernel"][:, :V]}
     return params
-
-
-def _at(tree: dict, name: str) -> dict:
-    for part in name.split("/"):
-        tree = tree[part]
-    return tree
-
-
-def _host(a) -> np.ndarray:
-    return np.asarray(a).astype(np.float64)
-
-
-def _layer(layers: dict, layer: int, plan: Plan, sown: dict | None) -> dict:
-    """{map: Factors} of one layer."""
-    fits = {}
-    for name, ranks in plan.ranks.items():
-        if name in ("embed", "head"):
-            continue
-        leaf = _at(layers, name)
-        kernel = _host(leaf["kernel"][layer])
-        bias = _host(leaf["bias"][layer]) if "bias" in leaf else None
-        _finite(kernel, f"layer {layer}, map {name}")
-        if sown is None:
-            fits[name] = factorize.svd(kernel, ranks[layer], bias)
-            continue
-        m = sown[name]
-        fits[name] = factorize.factor(
-            kernel,
-            ranks[layer],
-            m.gram,
-            over=m.over,
-            mean_I=m.mean_I,
-            bias_O=bias,
-            floor=float(np.finfo(np.float32).eps),  # the Grams were summed in float32
-        )
-    return fits
-
-
-def _finite(kernel: np.ndarray, where: str) -> None:
-    if not np.isfinite(kernel).all():
-        raise DelveError(f"{where}: NaN or Inf in the weights; the source checkpoint is damaged")
-
-
-def _tables(cfg: ParentConfig, params: dict, plan: Plan, gram, p_V) -> dict:
-    """{table: Factors} of the vocabulary tables that the plan factors."""
-    fits = {}
-    for name in ("embed", "head"):
-        if name not in plan.ranks:
-            continue
-        rank, kernel = plan.ranks[name][0], np.asarray(params[name]["kernel"])
-        _finite(kernel, f"table {name}")
-        if gram is None:
-            fits[name] = factorize.svd(kernel, rank)
-        elif name == "head":
-            fits[name] = vocab.factor_head(kernel, gram, p_V, rank)
-        elif cfg.tie_embeddings:
-            fits[name] = vocab.factor_tied(kernel, gram, p_V, rank)
-        else:
-            fits[name] = vocab.factor_embed(kernel, p_V, rank)
-    return fits
-
-
-def _store(out: dict, params: dict, name: str, layer, ranks: tuple[int, ...], fit) -> None:
-    """Write one layer's factors into the stacked ones, zero beyond the true rank."""
-    table = layer == "head"
-    leaf = _at(params if table else params["layers"], name)
-    dtype = leaf["kernel"].dtype
-    if table:
-        out[name] = {"v": fit.v_IK.astype(dtype), "u": fit.u_KO.astype(dtype)}
-        return
-    if name not in out:
-        L, n_in, n_out = leaf["kernel"].shape
-        out[name] = {
-            "v": np.zeros((L, n_in, max(ranks)), dtype),
-            "u": np.zeros((L, max(ranks), n_out), dtype),
-        }
-        if "bias" in leaf:
-            out[name]["bias"] = np.zeros((L, n_out), leaf["bias"].dtype)
-    rank = fit.v_IK.shape[1]
-    out[name]["v"][layer, :, :rank] = fit.v_IK
-    out[name]["u"][layer, :rank] = fit.u_KO
-    if "bias" in leaf:
-        out[name]["bias"][layer] = fit.bias_O
 
 
 def _rebuild(params: dict, out: dict) -> dict:

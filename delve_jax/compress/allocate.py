@@ -81,6 +81,19 @@ def parent_maps(cfg: ParentConfig) -> tuple[list[Map], list[Map], int]:
     return body, tables, total
 
 
+def rank_grid(n_in: int, n_out: int, step: int | None = None) -> tuple[int, ...]:
+    """Candidate ranks of a kernel [n_in, n_out] that are cheaper than it; 0: only its bias stays.
+
+    Multiples of `step` (None: of what matrix units like, finer for small maps); a map too thin for
+    one multiple offers its largest rank.
+    """
+    narrow = min(n_in, n_out)
+    if step is None:
+        step = next((s for least, s in ((2048, 128), (1024, 64), (512, 16)) if narrow >= least), 4)
+    most = (n_in * n_out - 1) // (n_in + n_out)
+    return tuple(range(0, most + 1, step)) if most >= step else tuple(sorted({0, most}))
+
+
 def budget_of(total: int, keep: float | None, budget: int | None) -> int:
     """The parameter budget, from a keep ratio of `total` or an absolute number (exactly one)."""
     if (keep is None) == (budget is None):

@@ -1,9 +1,11 @@
 """The closed form: the rank-K factors of a map y = x W + b that lose least on given activations.
 
-min over rank(A) <= K of E||x W - x A||^2 (design notes, compression.md section 2, G = I, x' = x).
-Every optimum is W followed by an orthogonal projection of its outputs, A = (W Q) Q^T, so the work
-is to find Q_OK: (6a) from the output Gram, (6b) from the input Gram, whichever is smaller.
-float64 numpy; eigh only: nothing is inverted, so singular Grams are no special case.
+min over rank(A) <= K of E||(x W - x A) S||^2 with S S = G, the metric of the outputs: the identity
+(SVD-LLM, Swift-SVD) or the second moment of the loss's gradient at y, which makes half the loss an
+estimate of the rise of KL(parent || compressed) in nats a token (compression.md sections 2 and 4).
+Every optimum is W followed by a projection of its outputs (orthogonal in G), so the work is to find
+K directions: (6a) from the output Gram, (6b) from the input Gram, whichever is smaller. float64
+numpy; eigh only: no Gram of activations is inverted, so singular ones are no special case.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import numpy as np
 import scipy.linalg
 
 Array = np.ndarray
+DAMPING = 0.1  # of the output metric, chosen on the choose split (experiments/compression.py)
 
 
 class Factors(NamedTuple):
@@ -39,11 +42,15 @@ def factor(
     over: str = "inputs",
     mean_I: Array | None = None,
     bias_O: Array | None = None,
+    grad: Array | None = None,
+    damping: float = DAMPING,
     floor: float = 1e-14,
 ) -> Factors:
     """Optimal rank-`rank` factors in the metric of the activations (plain SVD where gram is None).
 
     gram: E[x x^T] [I,I] (over="inputs") or E[y y^T] [O,O] of y = x W without bias ("outputs").
+    grad: the metric G = E[g g^T] [O,O], or E[(W g)(W g)^T] [I,I] with "inputs" (None: identity),
+    drawn towards the identity by `damping`; the spectrum is then in units of the metric.
     With a bias and a mean, centred moments are used and the bias takes up the mean of what is
     lost; a map without one keeps uncentred moments, so that no parameter is added. Directions
     whose energy is below floor * the largest are chosen by plain SVD instead: on them the
@@ -58,13 +65,23 @@ def factor(
         mean_I = np.asarray(mean_I, np.float64)
         mean = mean_I if over == "inputs" else mean_I @ w_IO
         gram = gram - np.outer(mean, mean)
-    q_OK, spectrum = _basis(w_IO, rank, gram, over)
+    if grad is None:
+        q_OK, spectrum = _basis(w_IO, rank, gram, over)
+        v_IK, u_KO = w_IO @ q_OK, q_OK.T
+    else:
+        v_IK, u_KO, spectrum = _two_sided(w_IO, rank, gram, over, np.asarray(grad), damping)
     known = int(np.sum(spectrum[:rank] > floor * spectrum[0]))
     if gram is not None and known < rank:
-        q_OK = q_OK[:, :known]
-        rest, _ = _basis(w_IO - (w_IO @ q_OK) @ q_OK.T, rank - known, None, "")
-        q_OK = scipy.linalg.qr(np.hstack([q_OK, rest]), mode="economic")[0]
-    v_IK, u_KO = balance(w_IO @ q_OK, q_OK.T)
+        v_IK, u_KO = v_IK[:, :known], u_KO[:known]
+        left_IO = w_IO - v_IK @ u_KO
+        rest_OK, _ = _basis(left_IO, rank - known, None, "")
+        if grad is None:
+            q_OK = scipy.linalg.qr(np.hstack([u_KO.T, rest_OK]), mode="economic")[0]
+            v_IK, u_KO = w_IO @ q_OK, q_OK.T
+        else:
+            v_IK = np.hstack([v_IK, left_IO @ rest_OK])
+            u_KO = np.vstack([u_KO, rest_OK.T])
+    v_IK, u_KO = balance(v_IK, u_KO)
     bias_O = None if bias_O is None else np.asarray(bias_O, np.float64)
     if centred:
         bias_O = bias_O + mean_I @ w_IO - (mean_I @ v_IK) @ u_KO
@@ -104,6 +121,31 @@ def root(gram: Array) -> Array:
     inv = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
     values, vectors = eigh(gram * inv * inv[:, None])
     return scale[:, None] * vectors * np.sqrt(values)
+
+
+def damped(grad: Array, plain: Array, damping: float) -> Array:
+    """(1 - damping) grad + damping * (the multiple of `plain` that has grad's trace)."""
+    grad = (grad + grad.T) / 2
+    scale = np.trace(grad) / max(np.trace(plain), 1e-300)
+    return (1 - damping) * grad + damping * (scale or 1.0) * plain
+
+
+def _two_sided(w_IO, rank: int, gram, over: str, grad, damping: float):
+    """(v_IK, u_KO, spectrum) of the optimum in both metrics, (6a) or (6b)."""
+    n_in, n_out = w_IO.shape
+    if over == "outputs":
+        values, vectors = eigh(damped(grad, np.eye(n_out), damping))
+        s_OO = (vectors * np.sqrt(values)) @ vectors.T
+        inverse_OO = (vectors / np.sqrt(np.maximum(values, 1e-300))) @ vectors.T
+        spectrum, q_OO = eigh(s_OO @ gram @ s_OO)
+        q_OK = q_OO[:, :rank]
+        return w_IO @ (s_OO @ q_OK), q_OK.T @ inverse_OO, spectrum[: min(n_in, n_out)]
+    f_II = root(gram)
+    h_II = damped(grad, w_IO @ w_IO.T, damping)
+    spectrum, p_II = eigh(f_II.T @ h_II @ f_II)
+    sigma_K = np.sqrt(np.maximum(spectrum[:rank], 1e-300))
+    fp_IK = f_II @ (p_II[:, :rank] / sigma_K)
+    return h_II @ fp_IK, fp_IK.T @ w_IO, spectrum
 
 
 def _basis(w_IO: Array, rank: int, gram: Array | None, over: str) -> tuple[Array, Array]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .factorize import Array, Factors, balance, eigh, factor
+from .factorize import Array, Factors, balance, factor
 
 SMOOTH = 1e-6  # added to every frequency: about what an unseen word of a 50k vocabulary has
 # Weights are p^0.75: a rare word's error costs more than its frequency says. On the RWKV proxy at
@@ -19,10 +19,15 @@ ROWS = 8192  # rows held in float64 at a time
 
 
 def frequencies(tokens: Array, vocab_size: int) -> Array:
-    """Smoothed and tempered unigram weights p_V (sum 1, all positive) of the ids in `tokens`."""
+    """Unigram frequencies p_V (sum 1) of the ids in `tokens`."""
     counts = np.bincount(np.asarray(tokens).ravel(), minlength=vocab_size).astype(np.float64)
-    p_V = (counts / max(counts.sum(), 1.0) + SMOOTH) ** TEMPER
-    return p_V / p_V.sum()
+    return counts / max(counts.sum(), 1.0)
+
+
+def weights(p_V: Array) -> Array:
+    """Smoothed and tempered row weights (sum 1, all positive) from frequencies."""
+    w_V = (p_V + SMOOTH) ** TEMPER
+    return w_V / w_V.sum()
 
 
 def row_gram(table_VD: Array, weight_V: Array) -> Array:
@@ -34,39 +39,42 @@ def row_gram(table_VD: Array, weight_V: Array) -> Array:
     return gram
 
 
-def factor_embed(table_VD: Array, p_V: Array, rank: int) -> Factors:
-    """Factors v [V,K], u [K,D] of an input table, least weighted lookup error."""
-    return factor(table_VD, rank, row_gram(table_VD, p_V), over="outputs")
+def factor_embed(table_VD: Array, w_V: Array, rank: int, grad_DD: Array | None = None) -> Factors:
+    """Factors v [V,K], u [K,D] of an input table, least lookup error weighted by w_V.
+
+    grad_DD: E[g g^T] at the looked-up rows, the metric of their errors (None: the identity).
+    """
+    return factor(table_VD, rank, row_gram(table_VD, w_V), over="outputs", grad=grad_DD)
 
 
-def factor_head(kernel_DV: Array, gram_DD: Array, p_V: Array, rank: int) -> Factors:
+def factor_head(kernel_DV: Array, gram_DD: Array, w_V: Array, rank: int) -> Factors:
     """Factors v [D,K], u [K,V] of a head; gram_DD = E[f f^T] of its inputs.
 
     The weighted mean column is removed first: logits move by one constant per position, which no
     softmax sees, and a large useless direction goes. What is left is the optimum for the metric
-    diag(p) - p p^T.
+    diag(w) - w w^T; w_V are weights of the words, best from the mean prediction.
     """
     w_DV = np.asarray(kernel_DV, np.float64)
-    s_V = np.sqrt(p_V)
-    w_DV = (w_DV - (w_DV @ p_V)[:, None]) * s_V
+    s_V = np.sqrt(w_V)
+    w_DV = (w_DV - (w_DV @ w_V)[:, None]) * s_V
     fit = factor(w_DV, rank, gram_DD, over="inputs")
     v_DK, u_KV = balance(fit.v_IK, fit.u_KO / s_V)
     return fit._replace(v_IK=v_DK, u_KO=u_KV)
 
 
-def factor_tied(table_VD: Array, gram_DD: Array, p_V: Array, rank: int) -> Factors:
+def factor_tied(
+    table_VD: Array, gram_DD: Array, w_V: Array, rank: int, grad_DD: Array | None = None
+) -> Factors:
     """One pair of factors for a table that is both input table and head (logits = f E^T).
 
-    Rows weighted by frequency, columns by alpha I + E[f f^T]; alpha gives lookups and logits
-    equal energy, so that neither use is served at the other's cost.
+    Rows weighted by w_V; columns by the sum of what lookups and logits cost, both in nats: the
+    metric of the lookups grad_DD and E[f f^T]. Without grad_DD it is alpha I, alpha such that
+    lookups and logits have equal energy and neither use is served at the other's cost.
     """
-    rows_DD = row_gram(table_VD, p_V)
+    rows_DD = row_gram(table_VD, w_V)
     gram_DD = (gram_DD + gram_DD.T) / 2
+    if grad_DD is not None:
+        return factor(table_VD, rank, rows_DD, over="outputs", grad=grad_DD + gram_DD)
     alpha = np.sum(rows_DD * gram_DD) / max(np.trace(rows_DD), 1e-300) or 1.0
-    values, vectors = eigh(alpha * np.eye(len(gram_DD)) + gram_DD)
-    s_DD = (vectors * np.sqrt(values)) @ vectors.T
-    inverse_DD = (vectors / np.sqrt(values)) @ vectors.T  # values >= alpha > 0
-    scaled_VD = np.asarray(table_VD, np.float64) @ s_DD
-    fit = factor(scaled_VD, rank, s_DD @ rows_DD @ s_DD, over="outputs")
-    v_VK, u_KD = balance(fit.v_IK, fit.u_KO @ inverse_DD)
-    return fit._replace(v_IK=v_VK, u_KO=u_KD)
+    metric_DD = alpha * np.eye(len(gram_DD)) + gram_DD
+    return factor(table_VD, rank, rows_DD, over="outputs", grad=metric_DD, damping=0.0)

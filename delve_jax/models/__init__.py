@@ -21,9 +21,11 @@ from .linear import (
     Norm,
     Table,
     at_least_f32,
+    dims,
     layer_norm,
     linear,
     lookup,
+    parameters,
     rms_norm,
     transposed,
     truncated,
@@ -182,7 +184,7 @@ def _init_parent(cfg: ParentConfig, key: jax.Array) -> dict:
     of_embed = of_head = nn.initializers.normal(0.02)
     if cfg.family == "qwen3":
         of_embed, of_head = truncated(1 / cfg.d_model), truncated(cfg.d_model**-0.5)
-    table = Table(cfg.vocab_rows, cfg.d_model, cfg.pad_rank("embed"), of_embed)
+    table = Table(cfg.vocab_rows, cfg.d_model, cfg.factored("embed"), of_embed)
     norm = Norm("rms" if cfg.family in RMS else "layer", cfg.norm_eps)
     params = {
         "embed": table.init(k_embed, jnp.zeros((1,), int))["params"],
@@ -192,7 +194,7 @@ def _init_parent(cfg: ParentConfig, key: jax.Array) -> dict:
     if cfg.family == "rwkv":
         params["ln0"] = Norm("layer", cfg.norm_eps).init(key, x)["params"]
     if not cfg.tie_embeddings:
-        head = Linear(cfg.vocab_rows, cfg.pad_rank("head"), False, of_head)
+        head = Linear(cfg.vocab_rows, cfg.factored("head"), False, of_head)
         params["head"] = head.init(k_head, x)["params"]
     return params
 
@@ -200,7 +202,21 @@ def _init_parent(cfg: ParentConfig, key: jax.Array) -> dict:
 def init_params(cfg: Config, key: jax.Array) -> dict:
     """Random parameters (float32) as a plain nested dict."""
     params = (delve.init_params if cfg.family == "delve" else _init_parent)(cfg, key)
-    return jax.tree.map(lambda a: a.astype(jnp.float32), params)  # under x64 they are float64
+    return cast(params, jnp.float32)  # under x64 they are float64
+
+
+def cast(params: dict, dtype) -> dict:
+    """Arrays or shapes in `dtype`; integers and the scales that belong to them stay what they are.
+
+    Both are part of a storage form: a scale in bfloat16 would cost as much as its int8 factors do.
+    """
+
+    def one(path, a):
+        keep = path[-1].key == "q_scale" or not jnp.issubdtype(a.dtype, jnp.floating)
+        new = a.dtype if keep else jnp.dtype(dtype)
+        return a.astype(new) if hasattr(a, "astype") else jax.ShapeDtypeStruct(a.shape, new)
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def abstract_params(cfg: Config) -> dict:
@@ -208,15 +224,36 @@ def abstract_params(cfg: Config) -> dict:
     return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
 
 
-def _padding(cfg: ParentConfig, params: dict) -> int:
-    """Elements of factors beyond each layer's true rank: stored, never counted."""
-    total = 0
+def leaf_of(params: dict, name: str) -> dict:
+    """The parameters of the map `name`: a vocabulary table's, or a stacked layer map's."""
+    leaf = params if name in ("embed", "head") else params["layers"]
+    for part in name.split("/"):
+        leaf = leaf[part]
+    return leaf
+
+
+def factored_maps(cfg: ParentConfig, params: dict):
+    """Yields (leaf, [(rank, I, O) of each layer]) of every factored map, true ranks and widths."""
+    mlp = FAMILY[cfg.family].MLP if cfg.neurons else ()
     for name, ranks in cfg.ranks:
-        leaf = params if name in ("embed", "head") else params["layers"]
-        for part in name.split("/"):
-            leaf = leaf[part]
-        sides = leaf["v"].shape[-2] + leaf["u"].shape[-1]
-        total += sum(max(ranks) - r for r in ranks) * sides
+        leaf = leaf_of(params, name)
+        n_in, n_out = dims(leaf, min(ranks))
+        ins, outs = [n_in] * len(ranks), [n_out] * len(ranks)
+        if name in mlp:  # the last of the MLP's maps reads the neurons that the others make
+            ins, outs = (cfg.neurons, outs) if name == mlp[-1] else (ins, cfg.neurons)
+        yield leaf, list(zip(ranks, ins, outs, strict=True))
+
+
+def _padding(cfg: ParentConfig, params: dict) -> int:
+    """Stored numbers that are no parameters: zeros beyond true ranks and widths, permutations."""
+    total = 0
+    for leaf, layers in factored_maps(cfg, params):
+        total += sum(a.size for name, a in leaf.items() if name != "bias")
+        total -= sum(parameters(cfg.storage, *layer) for layer in layers)
+    for name in FAMILY[cfg.family].MLP if cfg.neurons else ():
+        column = 0 if cfg.rank(name) else cfg.d_model  # of a dense map, as long as its other side
+        bias = "bias" in leaf_of(params, name) and name != FAMILY[cfg.family].MLP[-1]
+        total += sum(cfg.d_ffn - f for f in cfg.neurons) * (column + bias)
     return total
 
 
@@ -227,6 +264,21 @@ def count(cfg: Config) -> int:
     if cfg.family == "delve":
         return total - sum(_padding(sub, params["streams"][name]) for name, sub in cfg.streams)
     return total - _padding(cfg, params)
+
+
+def parameter_bytes(cfg: Config) -> int:
+    """Bytes of the parameters as stored: their true count in the config's dtype, int8 factors one
+    byte each, their scales and a pivot form's permutation four."""
+    size = jnp.dtype(cfg.dtype).itemsize
+    total = count(cfg) * size
+    for sub in dict(cfg.streams).values() if cfg.family == "delve" else (cfg,):
+        for leaf, layers in factored_maps(sub, abstract_params(sub)):
+            for rank, n_in, n_out in layers:
+                if sub.storage == "int8":
+                    total -= rank * (n_in + n_out) * (size - 1) + rank * (size - 4)
+                elif sub.storage == "pivot":
+                    total += 4 * (n_out if "u_rest" in leaf else n_in)
+    return total
 
 
 class LM(nn.Module):

@@ -3,6 +3,13 @@
 The only file that knows the difference. Stacked factors whose layers have unequal true ranks are
 zero in BOTH factors beyond the true rank, so training leaves them zero. While compression collects
 moments (collection "moments" mutable), every map sows what its closed form needs.
+
+Factors have further forms, made by `compress.storage` after training; the names of a map's
+parameters tell which one it is (r: true rank, least: the smallest of the stack):
+  int8          v_q [I,K], u_q [K,O], q_scale [K]       y = ((x v_q) q_scale) u_q
+  pivot, O <= I v [I,K], u_rest [K,O-least], order [O]  z = x v, y = [z, z u_rest][order]
+  pivot, O > I  v_rest [I-least,K], u [K,O], order      [a, b] = x[order], y = (a + b v_rest) u
+Pivot: r of the outputs (inputs) are the factor's own coordinates: r (I + O - r) numbers.
 """
 
 from collections.abc import Callable
@@ -10,6 +17,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from ..config import Factored
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -31,42 +40,91 @@ def linear(p: dict, x: jax.Array, out=None) -> jax.Array:
     if "kernel" in p:
         y = jnp.matmul(x, p["kernel"].astype(x.dtype), preferred_element_type=out)
     else:
-        z = x @ p["v"].astype(x.dtype)
-        y = jnp.matmul(z, p["u"].astype(x.dtype), preferred_element_type=out)
+        y = _expand(p, _reduce(p, x), out)
     y = y.reshape(*lead, y.shape[-1])
     return y + p["bias"].astype(y.dtype) if "bias" in p else y
+
+
+def _reduce(p: dict, x: jax.Array) -> jax.Array:
+    """x [.., I] -> z [.., K], the coordinates between the factors."""
+    if "v_q" in p:
+        return _scaled(p, x @ p["v_q"].astype(x.dtype))
+    if "v_rest" in p:
+        rank = p["v_rest"].shape[-1]
+        x = jnp.take(x, p["order"], axis=-1)
+        return x[..., :rank] + x[..., rank:] @ p["v_rest"].astype(x.dtype)
+    return x @ p["v"].astype(x.dtype)
+
+
+def _expand(p: dict, z: jax.Array, out=None) -> jax.Array:
+    """z [.., K] -> y [.., O]."""
+    name = next(name for name in ("u", "u_q", "u_rest") if name in p)
+    y = jnp.matmul(z, p[name].astype(z.dtype), preferred_element_type=out)
+    if name == "u_rest":
+        return jnp.take(jnp.concatenate([z.astype(y.dtype), y], axis=-1), p["order"], axis=-1)
+    return y
+
+
+def _scaled(p: dict, z: jax.Array) -> jax.Array:
+    """z in units of the int8 factors -> in those of the map."""
+    return (z * p["q_scale"]).astype(z.dtype)
 
 
 def lookup(p: dict, tokens: jax.Array, dtype=None) -> jax.Array:
     """Rows of a vocabulary table [V, D], dense or factored, for integer ids, as `dtype`."""
     if "kernel" in p:
         return jnp.take(p["kernel"], tokens, axis=0).astype(dtype or p["kernel"].dtype)
-    rows = jnp.take(p["v"], tokens, axis=0).astype(dtype or p["v"].dtype)
-    return rows @ p["u"].astype(rows.dtype)
+    if "v_q" in p:
+        rows = jnp.take(p["v_q"], tokens, axis=0).astype(dtype or p["q_scale"].dtype)
+        return _expand(p, _scaled(p, rows))
+    return _expand(p, jnp.take(p["v"], tokens, axis=0).astype(dtype or p["v"].dtype))
 
 
 def transposed(p: dict, x: jax.Array, out=None) -> jax.Array:
     """x [.., D] times the transpose of a table [V, D] -> [.., V]: the head of a tied model."""
     if "kernel" in p:
         return jnp.matmul(x, p["kernel"].astype(x.dtype).T, preferred_element_type=out)
-    z = x @ p["u"].astype(x.dtype).T
-    return jnp.matmul(z, p["v"].astype(x.dtype).T, preferred_element_type=out)
+    if "u_rest" in p:
+        rank, size = p["u_rest"].shape[0], sum(p["u_rest"].shape)
+        x = jnp.zeros((*x.shape[:-1], size), x.dtype).at[..., p["order"]].add(x)
+        z = x[..., :rank] + x[..., rank:] @ p["u_rest"].astype(x.dtype).T
+    elif "u_q" in p:
+        z = _scaled(p, x @ p["u_q"].astype(x.dtype).T)
+    else:
+        z = x @ p["u"].astype(x.dtype).T
+    v_VK = p["v_q"] if "v_q" in p else p["v"]
+    return jnp.matmul(z, v_VK.astype(x.dtype).T, preferred_element_type=out)
 
 
 def materialise(p: dict) -> jax.Array:
-    """The dense kernel [.., I, O] of a map, factors multiplied out."""
-    return p["kernel"] if "kernel" in p else jnp.matmul(p["v"], p["u"], precision=HIGHEST)
+    """The dense kernel [.., I, O] of a map, factors multiplied out (not inside jit)."""
+    if "kernel" in p:
+        return p["kernel"]
+    if "v" in p and "u" in p:
+        return jnp.matmul(p["v"], p["u"], precision=HIGHEST)
+    if "v_rest" in p:  # every input has its place in the permutation
+        n_in = int(p["order"].max()) + 1
+        z_of = lambda p: _reduce(p, jnp.eye(n_in, dtype=p["u"].dtype))  # noqa: E731
+    elif "v_q" in p:
+        z_of = lambda p: _scaled(p, p["v_q"].astype(p["q_scale"].dtype))  # noqa: E731
+    else:
+        z_of = lambda p: p["v"]  # noqa: E731
+    rows = lambda p: _expand(p, z_of(p))  # noqa: E731
+    stacked = p["order" if "order" in p else "q_scale"].ndim == 2
+    with jax.default_matmul_precision("highest"):
+        return (jax.vmap(rows) if stacked else rows)(p)
 
 
-def moments(x: jax.Array, y: jax.Array, weight: jax.Array | None = None) -> dict:
-    """Streaming sums for the whitened closed form (SVD-LLM, Swift-SVD): inputs x, outputs y = x W.
+def moments(x: jax.Array, y: jax.Array) -> dict:
+    """Sums over the tokens of inputs x and outputs y = x W, for the closed forms of `compress`.
 
     `gram` [n, n] is over the narrow side of the map: outputs where O <= I, else inputs.
     """
     x, y = wide(x.reshape(-1, x.shape[-1])), wide(y.reshape(-1, y.shape[-1]))
     side = x if y.shape[-1] > x.shape[-1] else y
     gram = jnp.matmul(side.T, side, precision=HIGHEST)
-    return {"gram": gram, "sum_in": x.sum(0), "count": jnp.asarray(x.shape[0], gram.dtype)}
+    count = jnp.asarray(x.shape[0], gram.dtype)
+    return {"gram": gram, "sum_in": x.sum(0), "abs_in": jnp.abs(x).sum(0), "count": count}
 
 
 def truncated(std: float) -> Callable:
@@ -74,28 +132,82 @@ def truncated(std: float) -> Callable:
     return nn.initializers.truncated_normal(std, lower=-3.0, upper=3.0)
 
 
+# ---- what a map declares -------------------------------------------------------------------------
+
+
+def declared(n_in: int, n_out: int, how: Factored, table: bool = False) -> dict[str, tuple]:
+    """Name -> (shape, kind) of the parameters of a factored map; kind: factor, int8, order, scale.
+
+    A pivot form permutes the narrow side; a vocabulary table [V, D], whose rows are looked up, D.
+    """
+    k, rest = how.rank, how.rank - how.least
+    if how.storage == "uv":
+        return {"v": ((n_in, k), "factor"), "u": ((k, n_out), "factor")}
+    if how.storage == "int8":
+        return {"v_q": ((n_in, k), "int8"), "u_q": ((k, n_out), "int8"), "q_scale": ((k,), "scale")}
+    if n_out <= n_in or table:
+        wide = n_out - how.least
+        return {"v": ((n_in, k), "factor"), "u_rest": ((k, wide), "factor"),
+                "order": ((n_out,), "order")}  # fmt: skip
+    return {"v_rest": ((n_in - how.least, k), "factor"), "u": ((k, n_out), "factor"),
+            "order": ((n_in + rest,), "order")}  # fmt: skip
+
+
+def dims(p: dict, least: int) -> tuple[int, int]:
+    """(I, O) of a factored map, from the shapes of its parameters and its smallest true rank."""
+    if "u_rest" in p:
+        return p["v"].shape[-2], p["order"].shape[-1]
+    if "v_rest" in p:
+        return p["v_rest"].shape[-2] + least, p["u"].shape[-1]
+    v, u = (p[side] if side in p else p[f"{side}_q"] for side in "vu")
+    return v.shape[-2], u.shape[-1]
+
+
+def parameters(storage: str, rank: int, n_in: int, n_out: int) -> int:
+    """Numbers that a map of this true rank has; a permutation is none, int8 scales are."""
+    both = rank * (n_in + n_out)
+    return {"uv": both, "pivot": both - rank * rank, "int8": both + rank}[storage]
+
+
+def _factors(module: nn.Module, n_in: int, n_out: int, how: Factored, of_v, of_u, table=False):
+    """Declares them in a module; initial values of other forms than "uv" only make it run."""
+    out = declared(n_in, n_out, how, table)
+    permuted = n_in if "v_rest" in out else n_out
+    initial = {
+        "int8": lambda key, shape: jax.random.randint(key, shape, -127, 128, jnp.int8),
+        "order": lambda key, shape: jnp.arange(shape[0], dtype=jnp.int32) % permuted,
+        "scale": lambda key, shape: jnp.full(shape, 1e-5, jnp.float32),
+    }
+    return {
+        name: module.param(name, initial.get(kind, of_v if name[0] == "v" else of_u), shape)
+        for name, (shape, kind) in out.items()
+    }
+
+
 class Linear(nn.Module):
-    """Declares one map: dense where `rank` is None, else factored at that (padded) rank."""
+    """Declares one map: dense where `factored` is None, else its factors in their form."""
 
     features: int
-    rank: int | None = None
+    factored: Factored | None = None
     use_bias: bool = False
     initial: Callable = nn.initializers.normal(0.02)
 
     @nn.compact
     def __call__(self, x):
         i_dim = x.shape[-1]
-        if self.rank is None:
+        if self.factored is None:
             p = {"kernel": self.param("kernel", self.initial, (i_dim, self.features))}
         else:
-            p = {
-                "v": self.param("v", self.initial, (i_dim, self.rank)),
-                "u": self.param("u", nn.initializers.normal(1 / self.rank**0.5),
-                                (self.rank, self.features)),
-            }  # fmt: skip
-        y = linear(p, x)
+            of_u = nn.initializers.normal(1 / max(self.factored.rank, 1) ** 0.5)
+            p = _factors(self, i_dim, self.features, self.factored, self.initial, of_u)
+        # where compression takes the gradient of the loss by this map's output; else nothing
+        y = self.perturb("out", linear(p, x))
         if self.is_mutable_collection("moments") and not self.is_initializing():
-            for name, value in moments(x, y).items():
+            sums = moments(x, y)
+            if self.is_mutable_collection("inputs"):
+                x_NI = wide(x.reshape(-1, x.shape[-1]))
+                sums["inputs"] = jnp.matmul(x_NI.T, x_NI, precision=HIGHEST)
+            for name, value in sums.items():
                 self.variable("moments", name, lambda: None).value = value
         return (
             y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
@@ -109,18 +221,18 @@ class Table(nn.Module):
 
     rows: int
     features: int
-    rank: int | None = None
+    factored: Factored | None = None
     initial: Callable = nn.initializers.normal(0.02)
 
     @nn.compact
     def __call__(self, tokens):
-        if self.rank is None:
+        if self.factored is None:
             p = {"kernel": self.param("kernel", self.initial, (self.rows, self.features))}
         else:
-            p = {
-                "v": self.param("v", self.initial, (self.rows, self.rank)),
-                "u": self.param("u", nn.initializers.normal(1.0), (self.rank, self.features)),
-            }
+            of_u = nn.initializers.normal(1.0)
+            p = _factors(
+                self, self.rows, self.features, self.factored, self.initial, of_u, table=True
+            )
         return lookup(p, tokens)
 
 

@@ -13,6 +13,7 @@ from .linear import Linear, Norm, at_least_f32, wide
 from .scan import selective_scan, starts_of
 
 FACTORABLE = ("in_proj", "out_proj")  # x_proj and dt_proj are narrow already
+MLP = ()  # no neurons to prune
 
 
 def causal_conv(u_BTE, kernel_WE, bias_E, state_BWE, segments_BT=None):
@@ -41,7 +42,7 @@ class Block(nn.Module):
         cfg = self.cfg
         e_dim, n_dim, r_dim = cfg.d_inner, cfg.d_state, cfg.dt_rank
         lin = lambda name, features, bias=False, scale=0.02: Linear(  # noqa: E731
-            features, cfg.pad_rank(name), bias, nn.initializers.normal(scale), name=name
+            features, cfg.factored(name), bias, nn.initializers.normal(scale), name=name
         )
         # padded positions must not enter the convolution or the state: zero them on both sides
         mask = ctx["mask_BT"]

@@ -13,6 +13,7 @@ from .attention import angles_and_mask, attend, frequencies, init_caches
 from .linear import Linear, Norm
 
 FACTORABLE = ("att/qkv", "att/out", "mlp/up", "mlp/down")
+MLP = ("mlp/up", "mlp/down")  # the last reads the neurons that the others make
 
 
 class Attention(nn.Module):
@@ -24,12 +25,12 @@ class Attention(nn.Module):
     def __call__(self, h_BTD, state, ctx):
         cfg = self.cfg
         b, T, d = h_BTD.shape
-        qkv = Linear(3 * d, cfg.pad_rank("att/qkv"), cfg.use_bias, name="qkv")(h_BTD)
+        qkv = Linear(3 * d, cfg.factored("att/qkv"), cfg.use_bias, name="qkv")(h_BTD)
         # columns are head-major, [q | k | v] inside each head
         q, k, v = jnp.moveaxis(qkv.reshape(b, T, cfg.n_heads, 3, d // cfg.n_heads), 3, 0)
         y, state = attend(q, k, v, state, ctx)
         init = nn.initializers.normal(0.02 / (2 * cfg.n_layers) ** 0.5)
-        out = Linear(d, cfg.pad_rank("att/out"), cfg.use_bias, init, name="out")
+        out = Linear(d, cfg.factored("att/out"), cfg.use_bias, init, name="out")
         return out(y.reshape(b, T, d)), state
 
 
@@ -41,9 +42,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, h_BTD):
         cfg = self.cfg
-        up = Linear(cfg.d_ffn, cfg.pad_rank("mlp/up"), True, name="up")
+        up = Linear(cfg.d_ffn, cfg.factored("mlp/up"), True, name="up")
         init = nn.initializers.normal(0.02 / (2 * cfg.n_layers) ** 0.5)
-        down = Linear(cfg.d_model, cfg.pad_rank("mlp/down"), True, init, name="down")
+        down = Linear(cfg.d_model, cfg.factored("mlp/down"), True, init, name="down")
         return down(nn.gelu(up(h_BTD), approximate=False))
 
 

@@ -14,6 +14,7 @@ from .attention import angles_and_mask, attend, frequencies, init_caches
 from .linear import Linear, Norm, truncated
 
 FACTORABLE = ("att/q", "att/k", "att/v", "att/o", "mlp/gate", "mlp/up", "mlp/down")
+MLP = ("mlp/gate", "mlp/up", "mlp/down")  # the last reads the neurons that the others make
 
 
 class Attention(nn.Module):
@@ -26,14 +27,14 @@ class Attention(nn.Module):
         cfg = self.cfg
         b, T, d = h_BTD.shape
         heads = lambda name, n: Linear(  # noqa: E731
-            n * cfg.head_dim, cfg.pad_rank(f"att/{name}"), False, truncated(d**-0.5), name=name
+            n * cfg.head_dim, cfg.factored(f"att/{name}"), False, truncated(d**-0.5), name=name
         )(h_BTD).reshape(b, T, n, cfg.head_dim)
         norm = lambda name: Norm("rms", cfg.norm_eps, name=name)  # noqa: E731
         q_BTHh = norm("q_norm")(heads("q", cfg.n_heads))
         k_BTGh = norm("k_norm")(heads("k", cfg.n_kv_heads))
         y, state = attend(q_BTHh, k_BTGh, heads("v", cfg.n_kv_heads), state, ctx)
         inner = cfg.n_heads * cfg.head_dim
-        out = Linear(d, cfg.pad_rank("att/o"), False, truncated(inner**-0.5), name="o")
+        out = Linear(d, cfg.factored("att/o"), False, truncated(inner**-0.5), name="o")
         return out(y.reshape(b, T, inner)), state
 
 
@@ -46,7 +47,7 @@ class Mlp(nn.Module):
     def __call__(self, h_BTD):
         cfg = self.cfg
         lin = lambda name, n_in, n_out: Linear(  # noqa: E731
-            n_out, cfg.pad_rank(f"mlp/{name}"), False, truncated(n_in**-0.5), name=name
+            n_out, cfg.factored(f"mlp/{name}"), False, truncated(n_in**-0.5), name=name
         )
         gate, up = (lin(name, cfg.d_model, cfg.d_ffn)(h_BTD) for name in ("gate", "up"))
         return lin("down", cfg.d_ffn, cfg.d_model)(nn.silu(gate) * up)

@@ -17,6 +17,7 @@ FACTORABLE = (
     "att/key", "att/value", "att/receptance", "att/output", "ffn/key", "ffn/value",
     "ffn/receptance",
 )  # fmt: skip
+MLP = ("ffn/key", "ffn/value")  # the last reads the neurons that the others make
 FINAL_EPS = 1e-5  # ln_out ignores layer_norm_epsilon in every published implementation
 
 
@@ -41,7 +42,7 @@ class TimeMix(nn.Module):
     def __call__(self, h_BTD, state, ctx):
         cfg, mask_BT = self.cfg, ctx["mask_BT"]
         lin = lambda name, features, scale=0.02: Linear(  # noqa: E731
-            features, cfg.pad_rank(f"att/{name}"), False, nn.initializers.normal(scale), name=name
+            features, cfg.factored(f"att/{name}"), False, nn.initializers.normal(scale), name=name
         )
         vec = lambda name, dim: self.param(name, nn.initializers.zeros, (dim,))  # noqa: E731
         prev = shifted(h_BTD, state["shift"], ctx["starts_BT"])
@@ -68,7 +69,7 @@ class ChannelMix(nn.Module):
     def __call__(self, h_BTD, shift_BD, starts_BT):
         cfg = self.cfg
         lin = lambda name, features, scale=0.02: Linear(  # noqa: E731
-            features, cfg.pad_rank(f"ffn/{name}"), False, nn.initializers.normal(scale), name=name
+            features, cfg.factored(f"ffn/{name}"), False, nn.initializers.normal(scale), name=name
         )
         vec = lambda name: self.param(name, nn.initializers.zeros, (cfg.d_model,))  # noqa: E731
         prev = shifted(h_BTD, shift_BD, starts_BT)

@@ -277,6 +277,7 @@ def export_hf(
     parameters, layout, path. DelveError: no checkpoint at SRC, DST taken, logits that differ.
     """
     from .. import checkpoint, models
+    from ..compress import storage
 
     src, dst = Path(src), Path(dst)
     cfg = checkpoint.load_config(src)
@@ -289,7 +290,7 @@ def export_hf(
         if record.pop("made_of", None) == made_of:
             return {**record, "already": True, "path": str(dst)}
     with checkpoint.writing(dst, overwrite, fresh=True) as partial:
-        cfg, params = checkpoint.restore(src)
+        cfg, params = storage.convert(*checkpoint.restore(src), "uv")
         tokenizer_json = checkpoint.load_tokenizer(src)
         if cfg.family != "delve" and layout == "dense":
             from . import export_stock

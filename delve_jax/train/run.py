@@ -170,7 +170,13 @@ def _cast(params: dict, settings: Settings) -> dict:
 
 
 def shapes_of(cfg: Config, settings: Settings) -> dict:
-    """Shapes and dtypes of the weights that a run trains."""
+    """Shapes and dtypes of the weights that a run trains; DelveError: they are not trained so."""
+    for sub in [s for _, s in cfg.streams] if cfg.family == "delve" else [cfg]:
+        if sub.storage != "uv":
+            raise DelveError(
+                f"storage {sub.storage} is for a model that is done: train the uv form of it "
+                "(delve convert --storage uv) and convert afterwards"
+            )
     return jax.eval_shape(lambda p: _cast(p, settings), models.abstract_params(cfg))
 
 

@@ -5,7 +5,7 @@ Two CPU cores. Other work starves PyTorch's OpenMP threads, so a row taken under
 above 3) reads too high: repeat it. Ratio to PyTorch eager, quiet: neox 0.83 (2 x 256), 0.81
 (1 x 1024); qwen3 0.89, 0.86; rwkv 1.7, 2.7. Under light load: mamba 2 x 256 72 (transformers has no
 kernel of its own on a CPU); mamba 1 x 1024 not measured. What the attention families still lose:
-unrolling the scan over layers gives another 5 to 10 % but four times the compile time; XLA maps
+unrolling the scan over layers gives another 5 to 10 % and compiles every layer anew; XLA maps
 fresh memory for every step (AdamW alone 59 ms, 26 ms with MALLOC_MMAP_THRESHOLD_=4294967296); and
 small batched products of attention run at half the rate of large ones.
 """

@@ -1,0 +1,320 @@
+"""Which form and size each map gets, so that the expected loss is least within a budget.
+
+A multiple-choice knapsack that knows nothing of models: every map of every layer offers options
+(size, parameters, expected loss), and all layers of a kind share one mode (a scanned stack cannot
+mix forms). Per mode choice: lower convex hulls, their segments in the order of slope (the
+Lagrangian optimum, which is also the certificate's lower bound), a fill, and an exact polish among
+the few options that the bound leaves possible. compression.md section 5. Deterministic.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from ..config import DelveError
+from .factorize import Array
+
+PRODUCTS = 4096  # mode choices that are enumerated; beyond, kinds change one at a time
+STATES = 2048  # partial solutions that the polish keeps; where these suffice it is exact
+
+
+class Option(NamedTuple):
+    """One way to store a map: `size` is its rank or its neurons kept, -1: dense as it is."""
+
+    size: int
+    cost: int  # parameters
+    error: float  # expected loss increase, nats per token, >= 0
+
+
+class Item(NamedTuple):
+    """A map of one layer (or a table) and the options of one mode."""
+
+    name: str
+    layer: int
+    options: tuple[Option, ...]
+
+
+class Kind(NamedTuple):
+    """What must share a mode: {"dense" | "factored" | "pruned" | ...: items of that mode}."""
+
+    name: str
+    modes: dict[str, tuple[Item, ...]]
+
+
+class Allocation(NamedTuple):
+    """The choice: a mode for each kind, a size for each (map, layer) of it, and what that gives."""
+
+    modes: dict[str, str]
+    sizes: dict[tuple[str, int], int]
+    parameters: int  # with `fixed`
+    error: float
+    bound: float  # no choice of sizes in these modes within the budget has a smaller error
+
+    @property
+    def gap(self) -> float:
+        """Certificate: how far the error can be from the optimum at most, relative."""
+        return (self.error - self.bound) / max(self.bound, np.finfo(float).tiny)
+
+
+def choose(
+    kinds: list[Kind],
+    fixed: int,
+    budget: int,
+    modes: dict[str, str] | None = None,
+    *,
+    nested: bool = False,
+    total: int | None = None,
+) -> Allocation:
+    """The allocation of least error with at most `budget` parameters, `fixed` of them always there.
+
+    modes: {kind: mode} that are given, the others are chosen. nested: slope order up to the first
+    segment that does not fit and no further, so that with the same modes a larger budget never
+    makes a size smaller (dense, -1, counts as the largest). total: parameters of the dense source,
+    for the error's wording. DelveError names the smallest possible ratio where nothing fits.
+    """
+    kinds = [
+        kind._replace(modes={m: kind.modes[m] for m in [modes[kind.name]]})
+        if modes and kind.name in modes
+        else kind
+        for kind in kinds
+    ]
+    hulls = [{mode: _Mode(items) for mode, items in kind.modes.items()} for kind in kinds]
+    least = fixed + sum(min(m.cost for m in by_mode.values()) for by_mode in hulls)
+    if budget < least:
+        total = total or fixed + sum(max(m.most for m in by.values()) for by in hulls)
+        smallest = math.ceil(least / total * 1e4) / 1e4
+        raise DelveError(
+            f"--keep {budget / total:.4g} cannot be met: the smallest sizes everywhere leave "
+            f"{least:,} of {total:,} parameters; the smallest possible --keep is {smallest:.4f}"
+        )
+    picks = _search(hulls, budget - fixed, nested)
+    out = Allocation(
+        {kind.name: mode for kind, mode in zip(kinds, picks.modes, strict=True)},
+        {},
+        fixed + picks.cost,
+        picks.error,
+        picks.bound,
+    )
+    items = [i for by, mode in zip(hulls, picks.modes, strict=True) for i in by[mode].items]
+    for item, option in zip(items, picks.at, strict=True):
+        out.sizes[item.name, item.layer] = item.options[option].size
+    return out
+
+
+class _Mode:
+    """The items of one mode with their hulls: segments in the order of slope."""
+
+    def __init__(self, items: tuple[Item, ...]):
+        self.items = items
+        self.at, rows = [], []  # cheapest option of each item; (slope, item, option, cost, gain)
+        for index, item in enumerate(items):
+            if not all(math.isfinite(o.error) and o.error >= 0 for o in item.options):
+                raise DelveError(
+                    f"map {item.name}, layer {item.layer}: the expected loss of a size is not a "
+                    "finite number; check the weights and the calibration text"
+                )
+            hull = _hull(item.options)
+            self.at.append(hull[0])
+            slope = math.inf
+            for now, then in itertools.pairwise(hull):
+                cost = item.options[then].cost - item.options[now].cost
+                gain = item.options[now].error - item.options[then].error
+                slope = min(slope, gain / cost)  # rounding must not swap two of one item
+                rows.append((slope, index, then, cost, gain))
+        rows.sort(key=lambda row: -row[0])
+        columns = list(zip(*rows, strict=True)) or [()] * 5
+        self.slopes, self.gains = np.array(columns[0], float), np.array(columns[4], float)
+        self.item, self.to, self.costs = (np.array(columns[i], np.int64) for i in (1, 2, 3))
+        self.cost = sum(i.options[o].cost for i, o in zip(items, self.at, strict=True))
+        self.error = sum(i.options[o].error for i, o in zip(items, self.at, strict=True))
+        self.most = sum(max(o.cost for o in i.options) for i in items)
+
+    def dual(self, price: float) -> tuple[float, int]:
+        """min of error + price * cost, and the cost where it is taken."""
+        n = int(np.searchsorted(-self.slopes, -price, side="right"))
+        cost = self.cost + int(self.costs[:n].sum())
+        return self.error - float(self.gains[:n].sum()) + price * cost, cost
+
+
+def _hull(options: tuple[Option, ...]) -> list[int]:
+    """Indices on the lower convex hull of (cost, error): cost rises, error falls strictly."""
+    hull: list[int] = []
+    for i in sorted(range(len(options)), key=lambda i: (options[i].cost, options[i].error, i)):
+        o = options[i]
+        if hull and o.error >= options[hull[-1]].error:
+            continue
+        while len(hull) > 1:
+            a, b = options[hull[-2]], options[hull[-1]]
+            if (a.error - b.error) * (o.cost - b.cost) >= (b.error - o.error) * (b.cost - a.cost):
+                break  # points on a straight line stay: a finer choice
+            hull.pop()
+        hull.append(i)
+    return hull
+
+
+class _Picks(NamedTuple):
+    modes: tuple[str, ...]
+    at: list[int]  # option of each item, all kinds in order
+    cost: int
+    error: float
+    bound: float
+    price: float  # slope of the segment that did not fit; 0: all of them did
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        return self.error, self.cost
+
+
+def _search(hulls: list[dict[str, _Mode]], budget: int, nested: bool) -> _Picks:
+    """The best modes and options: all products of modes, or one kind at a time where too many."""
+
+    def fits(modes: tuple[str, ...]) -> bool:
+        return sum(by[m].cost for by, m in zip(hulls, modes, strict=True)) <= budget
+
+    def solve(modes: tuple[str, ...]) -> _Picks:
+        return _greedy(hulls, modes, budget)
+
+    def finish(picks: _Picks) -> _Picks:
+        items = [i for by, m in zip(hulls, picks.modes, strict=True) for i in by[m].items]
+        if nested or not picks.price:
+            return _priced(items, picks)
+        return _polish(items, _fill(items, picks, budget), budget)
+
+    if math.prod(len(by) for by in hulls) > PRODUCTS:
+        return finish(_descend(hulls, fits, solve, budget))
+    starts = sorted(
+        (solve(modes) for modes in itertools.product(*hulls) if fits(modes)),
+        key=lambda picks: picks.bound,
+    )
+    best = None
+    for picks in starts:  # by bound: once it reaches the best error nothing later can be better
+        if best is not None and picks.bound > best.error:
+            break
+        picks = finish(picks)
+        if best is None or picks.rank < best.rank:
+            best = picks
+    return best
+
+
+def _descend(hulls, fits, solve, budget: int) -> _Picks:
+    """From the modes of the joint Lagrangian optimum, change one kind at a time while it helps."""
+    low, high = (
+        0.0,
+        1.0 + max(float(m.slopes.max(initial=0.0)) for by in hulls for m in by.values()),
+    )
+    modes = tuple(min(by, key=lambda m: by[m].cost) for by in hulls)
+    for _ in range(60):
+        price = (low + high) / 2
+        at = [{m: hull.dual(price) for m, hull in by.items()} for by in hulls]
+        found = tuple(min(by, key=by.get) for by in at)
+        if sum(by[m][1] for by, m in zip(at, found, strict=True)) <= budget:
+            modes, high = found, price
+        else:
+            low = price
+    best, moved = solve(modes), True
+    while moved:
+        moved = False
+        for k, by in enumerate(hulls):
+            for mode in by:
+                other = (*best.modes[:k], mode, *best.modes[k + 1 :])
+                if fits(other) and (picks := solve(other)).rank < best.rank:
+                    best, moved = picks, True
+    return best
+
+
+def _greedy(hulls: list[dict[str, _Mode]], modes: tuple[str, ...], budget: int) -> _Picks:
+    """Segments in the order of slope up to the first that does not fit, and the dual bound."""
+    parts = [by[mode] for by, mode in zip(hulls, modes, strict=True)]
+    shift = np.cumsum([0, *(len(p.items) for p in parts)])
+    join = lambda name: np.concatenate([getattr(p, name) for p in parts])  # noqa: E731
+    order = np.argsort(-join("slopes"), kind="stable")
+    costs, gains = join("costs")[order], join("gains")[order]
+    item = np.concatenate([p.item + s for p, s in zip(parts, shift, strict=False)])[order]
+    cost, error = sum(p.cost for p in parts), sum(p.error for p in parts)
+    n = int(np.searchsorted(np.cumsum(costs), budget - cost, side="right"))
+    at = np.array([o for p in parts for o in p.at])
+    at[item[:n]] = join("to")[order][:n]  # of several steps of one item the last one stays
+    cost, error = cost + int(costs[:n].sum()), max(0.0, error - float(gains[:n].sum()))
+    price = float(gains[n] / costs[n]) if n < len(costs) else 0.0
+    return _Picks(modes, at.tolist(), cost, error, max(0.0, error - price * (budget - cost)), price)
+
+
+def _fill(items: list[Item], picks: _Picks, budget: int) -> _Picks:
+    """Spend what is left: the step of the best slope among all that still fit, again and again."""
+    at, cost = list(picks.at), picks.cost
+    while True:
+        best = None
+        for index, item in enumerate(items):
+            now = item.options[at[index]]
+            for option, then in enumerate(item.options):
+                more, gain = then.cost - now.cost, now.error - then.error
+                if gain > 0 and more <= budget - cost:
+                    slope = gain / more if more > 0 else math.inf
+                    if best is None or slope > best[0]:
+                        best = (slope, index, option, more)
+        if best is None:
+            break
+        at[best[1]] = best[2]
+        cost += best[3]
+    return _priced(items, picks._replace(at=at))
+
+
+def _priced(items: list[Item], picks: _Picks) -> _Picks:
+    """The same choice, its totals summed up from the options themselves."""
+    chosen = [i.options[o] for i, o in zip(items, picks.at, strict=True)]
+    error = math.fsum(o.error for o in chosen)
+    bound = min(picks.bound, error)  # no rounding above it
+    return picks._replace(cost=sum(o.cost for o in chosen), error=error, bound=bound)
+
+
+def _polish(items: list[Item], picks: _Picks, budget: int) -> _Picks:
+    """The exact optimum among the options that the bound allows (Dyer, Riha and Walker's bounding).
+
+    With r = error + price * cost - its minimum over the item, a solution better than `picks` has
+    sum r < error - bound: almost every option is out at once, and partial sums prune the rest.
+    Partial solutions are kept where no other is as cheap and as good, at most STATES of them.
+    """
+    gap = picks.error - picks.bound
+    if gap <= 0:
+        return picks
+    base, core = 0, []  # core: (item, option indices, costs, r) where more than one is possible
+    at = list(picks.at)
+    for index, item in enumerate(items):
+        cost = np.array([o.cost for o in item.options], np.int64)
+        r = np.array([o.error for o in item.options]) + picks.price * cost
+        r -= r.min()
+        keep = np.flatnonzero(r < gap)
+        if len(keep) == 1:
+            at[index] = int(keep[0])
+            base += int(cost[keep[0]])
+        else:
+            core.append((index, keep, cost[keep], r[keep]))
+    room = np.cumsum([0, *(int(c.min()) for _, _, c, _ in reversed(core))])[::-1]
+    costs, sums, trail = np.array([base], np.int64), np.zeros(1), []
+    for (_, _, cost, r), later in zip(core, room[1:], strict=True):
+        all_costs, all_sums = (costs[:, None] + cost).ravel(), (sums[:, None] + r).ravel()
+        keep = np.flatnonzero((all_costs + later <= budget) & (all_sums < gap))
+        keep = keep[_undominated(all_costs[keep], all_sums[keep] - picks.price * all_costs[keep])]
+        keep = keep[np.argsort(all_sums[keep], kind="stable")[:STATES]]
+        if not len(keep):
+            return picks
+        costs, sums = all_costs[keep], all_sums[keep]
+        trail.append((keep // len(r), keep % len(r)))
+    state = int(np.lexsort((costs, sums - picks.price * costs))[0])
+    for (index, keep, _, _), (before, option) in zip(reversed(core), reversed(trail), strict=True):
+        at[index] = int(keep[option[state]])
+        state = int(before[state])
+    found = _priced(items, picks._replace(at=at))
+    return found if found.rank < picks.rank and found.cost <= budget else picks
+
+
+def _undominated(costs: Array, errors: Array) -> Array:
+    """Indices of the points that no other is at most as costly and at most as bad as."""
+    order = np.lexsort((errors, costs))
+    best = np.minimum.accumulate(errors[order])
+    first = np.concatenate([[True], best[1:] < best[:-1]]) if len(order) else order.astype(bool)
+    return order[first]

@@ -1,0 +1,178 @@
+"""Neuron pruning of an MLP: keep k of its F hidden neurons h, refit the map y = h W that reads h.
+
+min over W' of tr G (h W - h_S W')^T (h W - h_S W') (MoDeGPT, arXiv 2408.09632, MLP part; Nystrom):
+W' = C_SS^+ C_S: W, whatever the output metric G is; C = E[h h^T], centred where the map has a bias.
+Neurons are ordered once, greedily by how much more the output would lose without them, so that any
+k is a prefix. Letters here: P neurons picked at once, J candidates for them, M those picked so far.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+
+from .. import models
+from ..config import ParentConfig
+from .factorize import Array, root
+
+# Picked at once: F / BLOCKS out of 4 times as many candidates. Measured on the MLPs of
+# three proxies (F = 384, 512) at k = F/2 and F/4: as good as one at a time, within 1 %.
+BLOCKS = 64
+
+
+class Pruning:
+    """The order of an MLP's neurons, what each prefix of it loses, and the refitted maps.
+
+    inputs_FF: E[h h^T], uncentred; down_FO: the kernel that reads h. mean_F = E[h], only where that
+    map has a bias: moments are then centred and the bias takes up what is lost on the mean.
+    grad_OO = E[g g^T] weighs the outputs (None: equally). A neuron that the ones before it predict
+    up to `floor` of its energy adds nothing but noise: such neurons come last and are lost free.
+    """
+
+    order_F: Array  # the first k are kept
+
+    def __init__(
+        self,
+        inputs_FF: Array,
+        down_FO: Array,
+        *,
+        mean_F: Array | None = None,
+        grad_OO: Array | None = None,
+        floor: float = 1e-9,
+    ):
+        self._down_FO = np.asarray(down_FO, np.float64)
+        self._mean_F = None if mean_F is None else np.asarray(mean_F, np.float64)
+        gram_FF = np.asarray(inputs_FF, np.float64)
+        gram_FF = (gram_FF + gram_FF.T) / 2
+        if mean_F is not None:
+            gram_FF -= np.outer(self._mean_F, self._mean_F)
+        felt_FO = self._down_FO  # distances between its rows are in the metric
+        if grad_OO is not None:
+            grad_OO = np.asarray(grad_OO, np.float64)
+            felt_FO = felt_FO @ root((grad_OO + grad_OO.T) / 2)
+        self.order_F, self._lower_FM, gains_M = _order(gram_FF, felt_FO, floor)
+        # summed from the far end: never increasing, exactly 0 at F, no cancellation near it
+        self._losses = np.zeros(len(self.order_F) + 1)
+        self._losses[: len(gains_M)] = np.cumsum(gains_M[::-1])[::-1]
+
+    def errors(self, ks) -> Array:
+        """Lost E|dy|^2 (tr(G Cov dy) in the metric) with each number of neurons in `ks` kept."""
+        return self._losses[np.asarray(ks)]
+
+    def repaired(self, k: int) -> tuple[Array, Array, Array]:
+        """-> (kept_K ascending, W' [K, O] float64, what to add to the bias [O]) for k neurons."""
+        n_in, n_out = self._down_FO.shape
+        if k == n_in:
+            return np.arange(k), self._down_FO.copy(), np.zeros(n_out)
+        used = min(k, self._lower_FM.shape[1])  # beyond: neurons that add nothing, with zero rows
+        lower_FM = self._lower_FM[:, :used]
+        target_MO = lower_FM.T @ self._down_FO
+        down_KO = np.zeros((k, n_out))
+        down_KO[:used] = scipy.linalg.solve_triangular(
+            lower_FM[self.order_F[:used]], target_MO, lower=True, trans="T"
+        )
+        ascending = np.argsort(self.order_F[:k])
+        kept_K, down_KO = self.order_F[:k][ascending], down_KO[ascending]
+        if self._mean_F is None:
+            return kept_K, down_KO, np.zeros(n_out)
+        return kept_K, down_KO, self._mean_F @ self._down_FO - self._mean_F[kept_K] @ down_KO
+
+
+def _order(gram_FF: Array, felt_FO: Array, floor: float) -> tuple[Array, Array, Array]:
+    """Greedy pivoted Cholesky -> (order_F, L [F, M] with L L^T ~ gram, gains of the M pivots).
+
+    gain_j = |R_j: W|^2 / R_jj: what the loss falls by when j joins the ones picked, R the residual
+    of the Gram given those. M is the numerical rank. Compared on the MLPs of three proxies at
+    k = F/4, held-out loss beside this rule: energy of R_jj W_j, +17 % in the mean; ridge leverage,
+    +32 %; magnitude without residuals, +24 %; backward elimination, -1 % for an inverse of C.
+    """
+    F = len(gram_FF)
+    size = max(1, F // BLOCKS)
+    left_FO = gram_FF @ felt_FO  # R W
+    rest_F = np.maximum(np.diag(gram_FF), 0.0)  # diagonal of R
+    least_F = floor * rest_F
+    lower_FM, order, gains, free = np.zeros((F, F)), [], [], np.ones(F, bool)
+    while (live_F := free & (rest_F > least_F)).any():
+        energy_F = np.einsum("fo,fo->f", left_FO, left_FO)
+        gain_F = np.divide(energy_F, rest_F, out=np.full(F, -1.0), where=live_F)
+        at_J = np.argsort(-gain_F, kind="stable")[: min(4 * size, int(live_F.sum()))]
+        done = lower_FM[:, : len(order)]
+        picked, small_JP = _pick(
+            gram_FF[np.ix_(at_J, at_J)] - done[at_J] @ done[at_J].T,
+            left_FO[at_J],
+            least_F[at_J],
+            size,
+        )
+        at_P = at_J[picked]
+        small_PP = small_JP[picked]
+        columns_FP = gram_FF[:, at_P] - done @ done[at_P].T
+        new_FP = scipy.linalg.solve_triangular(small_PP, columns_FP.T, lower=True).T
+        heard_PO = scipy.linalg.solve_triangular(small_PP, left_FO[at_P], lower=True)
+        left_FO -= new_FP @ heard_PO
+        rest_F = np.maximum(rest_F - np.einsum("fp,fp->f", new_FP, new_FP), 0.0)
+        lower_FM[:, len(order) : len(order) + len(at_P)] = new_FP
+        free[at_P] = False
+        order.extend(at_P)
+        gains.extend(np.einsum("po,po->p", heard_PO, heard_PO))
+    order_F = np.concatenate([np.array(order, int), np.flatnonzero(free)])
+    return order_F, lower_FM[:, : len(order)], np.array(gains)
+
+
+def _pick(rest_JJ: Array, left_JO: Array, least_J: Array, size: int) -> tuple[list[int], Array]:
+    """Up to `size` candidates, one at a time by gain, and their columns [J, P] of the factor."""
+    picked, columns, free = [], [], np.ones(len(rest_JJ), bool)
+    while len(picked) < size:
+        rest_J = np.diag(rest_JJ)
+        live_J = free & (rest_J > least_J)
+        if not live_J.any():
+            break
+        energy_J = np.einsum("jo,jo->j", left_JO, left_JO)
+        best = int(np.argmax(np.where(live_J, energy_J / np.where(live_J, rest_J, 1.0), -1.0)))
+        column_J = rest_JJ[:, best] / np.sqrt(rest_J[best])
+        left_JO = left_JO - np.outer(column_J, left_JO[best] / column_J[best])
+        rest_JJ = rest_JJ - np.outer(column_J, column_J)
+        free[best] = False
+        picked.append(best)
+        columns.append(column_J)
+    return picked, np.stack(columns, axis=1)
+
+
+def apply(
+    cfg: ParentConfig, params: dict, repaired: list[tuple[Array, Array, Array]]
+) -> tuple[ParentConfig, dict]:
+    """The parent with its (dense) MLP maps cut to what `repaired` gives for each layer.
+
+    repaired: (kept_K, down_KO, bias shift) per layer, as `Pruning.repaired` returns them. Stacks
+    are as wide as the widest layer and zero beyond each layer's own width: gelu, silu and relu^2
+    are 0 at 0, so nothing acts there and nothing there gets a gradient.
+    """
+    *makers, reader = models.FAMILY[cfg.family].MLP
+    neurons = tuple(len(kept_K) for kept_K, _, _ in repaired)
+    width = max(1, *neurons)  # no program runs on arrays without elements
+    layers = dict(params["layers"])
+
+    def put(name: str, leaf: dict) -> None:
+        outer, inner = name.split("/")
+        layers[outer] = {**layers[outer], inner: {k: jnp.asarray(a) for k, a in leaf.items()}}
+
+    for name in makers:
+        leaf = models.leaf_of(params, name)
+        new = {key: np.zeros((*a.shape[:-1], width), a.dtype) for key, a in leaf.items()}
+        for layer, (kept_K, _, _) in enumerate(repaired):
+            for key, a in leaf.items():  # kernel [L, D, F], bias [L, F]
+                new[key][layer, ..., : len(kept_K)] = np.asarray(a[layer])[..., kept_K]
+        put(name, new)
+    leaf = models.leaf_of(params, reader)
+    kernel = leaf["kernel"]
+    new = {"kernel": np.zeros((cfg.n_layers, width, kernel.shape[-1]), kernel.dtype)}
+    for layer, (kept_K, down_KO, _) in enumerate(repaired):
+        new["kernel"][layer, : len(kept_K)] = down_KO
+    if "bias" in leaf:
+        shifts = np.stack([shift_O for _, _, shift_O in repaired])
+        new["bias"] = (np.asarray(leaf["bias"], np.float64) + shifts).astype(leaf["bias"].dtype)
+    put(reader, new)
+    cfg = dataclasses.replace(cfg, d_ffn=width, neurons=neurons)
+    return cfg, {**params, "layers": layers}
