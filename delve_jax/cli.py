@@ -27,6 +27,8 @@ EXAMPLES = {
     "info": "delve info out/healed",
 }
 
+METHOD_HELP = "delve, svd-llm+allocation, svd-llm, asvd or svd"
+
 
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors and exit code 2."""
@@ -56,7 +58,7 @@ def parser() -> Parser:
         help="directories, hub ids (id@revision), .pth; default: the embedded proxies",
     )
     p.add_argument("--keep", type=float, default=0.5, help="kept share of all parameters (0.5)")
-    p.add_argument("--method", default="delve", help="delve (whitened) or svd")
+    p.add_argument("--method", default="delve", help=METHOD_HELP)
     p.add_argument("--heal-tokens", type=int, help="training tokens (80000); 0: stop at fusion")
     p.add_argument("--data", nargs="+", default=[], metavar="TEXT", help="text to heal on")
     p.add_argument(
@@ -90,14 +92,20 @@ def parser() -> Parser:
     p = verb("convert", "any source to a checkpoint directory", writes=True)
     p.add_argument("src"), p.add_argument("dst")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    p.add_argument("--storage", help="form of the factors: uv, pivot or int8; default: as stored")
     p.add_argument("--mesh", help='shard over devices, as "data=8"')
 
     p = verb("compress", "factorise a parent to a share of all its parameters", writes=True)
     p.add_argument("src"), p.add_argument("dst")
     p.add_argument("--keep", type=float, required=True)
-    p.add_argument("--method", default="delve", help="delve (whitened) or svd")
+    p.add_argument("--method", default="delve", help=METHOD_HELP)
     p.add_argument("--calibrate", nargs="+", default=[], metavar="TEXT")
     p.add_argument("--calibrate-tokens", type=int, default=65536)
+    p.add_argument("--refine-tokens", type=int, default=0, metavar="N",
+                   help="then train the factors on N tokens of that text")  # fmt: skip
+    p.add_argument(
+        "--storage", default="uv", help="uv, pivot (fewer numbers) or int8 (fewer bytes)"
+    )
     p.add_argument("--seed", type=int, default=0)
 
     p = verb("fuse", "pool compressed or dense parents into one DELVE", writes=True)

@@ -23,7 +23,7 @@ class DelveError(Exception):
 class Factored(NamedTuple):
     """How one factored map of a stack is held: what its modules must know to declare it."""
 
-    rank: int  # K, the largest true rank: all layers are padded to it
+    rank: int  # K, the largest true rank (or 1): all layers are padded to it
     least: int  # the smallest true rank
     storage: str = "uv"
 
@@ -53,7 +53,7 @@ class ParentConfig:
     def factored(self, name: str) -> Factored | None:
         """How the stacked factors of `name` are held (None: dense)."""
         ranks = self.rank(name)
-        return None if ranks is None else Factored(max(ranks), min(ranks), self.storage)
+        return None if ranks is None else Factored(max(1, *ranks), min(ranks), self.storage)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,8 @@ def info(src) -> dict:
         "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest() if tokenizer else None,
     }
     if cfg.family != "delve":
-        return out | {"layers": cfg.n_layers, "width": cfg.d_model, "ranks": _ranks(cfg)}
+        return out | {"layers": cfg.n_layers, "width": cfg.d_model, "ranks": _ranks(cfg),
+                      "storage": cfg.storage}  # fmt: skip
     if cfg.latents == 1:
         weights = np.asarray(pool["a"], np.float64)
     else:

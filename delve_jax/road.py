@@ -13,12 +13,15 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from . import checkpoint, data, parallel, parents
 from . import compress as compression
 from . import fuse as fusion
-from .config import Config, DelveError, read_json
+from .compress.storage import convert as convert_storage
+from .config import STORAGES, Config, DelveError, read_json
 from .look import info, texts_of
 from .metrics import versions
 from .train import run
@@ -87,15 +90,23 @@ def name_of(src: str | Path) -> str:
     return re.sub(r"@.*$", "", str(src).rstrip("/")).rsplit("/", 1)[-1].removesuffix(".pth")
 
 
-def convert(src, dst, *, dtype: str | None = None, mesh: str | None = None, overwrite=False):
-    """Any source -> checkpoint directory (sharded Orbax, in the source's dtype unless given)."""
-    command = {"verb": "convert", "src": src, "dtype": dtype, "mesh": mesh}
+def convert(
+    src, dst, *, dtype: str | None = None, storage: str | None = None, mesh: str | None = None,
+    overwrite=False,
+):  # fmt: skip
+    """Any source -> checkpoint directory (sharded Orbax, in the source's dtype unless given).
+
+    storage: uv, pivot or int8, another form of the factors (default: as they are).
+    """
+    command = {"verb": "convert", "src": src, "dtype": dtype, "storage": storage, "mesh": mesh}
     if begin(dst, command, overwrite):
         return already(dst)
     on = parallel.make_mesh(mesh) if mesh else None
     cfg, params, tokenizer = parents.load(src, dtype=dtype, mesh=on)
     if dtype:
         cfg = dataclasses.replace(cfg, dtype=dtype)
+    if storage:
+        cfg, params = convert_storage(cfg, params, storage)
     commit = parents.commit(parents.resolve(src))
     extra = {"source.json": {"source": str(src), "commit": commit}}
     checkpoint.save(dst, cfg, params, tokenizer, overwrite, extra)
@@ -112,44 +123,72 @@ def compress(
     calibrate: Sequence[str] = (),
     documents: Sequence[str] | None = None,
     calibrate_tokens: int = 65536,
+    refine_tokens: int = 0,
+    storage: str = "uv",
     seed: int = 0,
     overwrite: bool = False,
 ):
     """Parent -> factored checkpoint; `keep` is the kept share of ALL parameters.
 
-    calibrate: text files, or `documents` themselves. Leaves DST/compress.json (ranks, errors) and
-    DST/spectra.npz (sigma^2 of every map). DelveError: a ratio that cannot be met (says which can).
+    calibrate: text files, or `documents` themselves. refine_tokens: train the factors on so many
+    tokens of that text, towards the dense parent. storage: the form of the factors in DST (pivot
+    and int8 are for running, not for training). Leaves DST/compress.json (ranks, errors) and
+    DST/spectra.npz (sigma^2 of every map). A killed call goes on where it was, layer by layer.
+    DelveError: a ratio that cannot be met (says which can).
     """
     command = {"verb": "compress", "src": src, "keep": keep, "budget": budget, "method": method,
                "calibrate": list(map(str, calibrate)), "calibrate_tokens": calibrate_tokens,
+               "refine_tokens": refine_tokens, "storage": storage,
                "data_hash": data.data_hash(documents) if documents else None,
                "seed": seed}  # fmt: skip
+    if method not in compression.METHODS:
+        raise DelveError(f"--method {method}: available are {', '.join(compression.METHODS)}")
+    if storage not in STORAGES:
+        raise DelveError(f"--storage {storage}: choose one of {', '.join(STORAGES)}")
     if begin(dst, command, overwrite):
         return already(dst)
     cfg, params, tokenizer = parents.load(src, dtype="float32")
+    dense = cfg, params
+    work = _partial(dst) / "work"
     try:
         compression.plan_for(cfg, keep=keep, budget=budget)  # a ratio that fails, fails at once
         windows = None
-        if method == "delve" and keep != 1.0:
+        if method != "svd" and keep != 1.0 or refine_tokens:
             if documents is None:
                 documents = texts_of(calibrate)
             if not documents:
+                needs = "--refine-tokens" if method == "svd" else f"--method {method}"
                 raise DelveError(
-                    "--calibrate TEXT is missing: --method delve needs activations (svd does not)"
+                    f"--calibrate TEXT is missing: {needs} needs it (--method svd alone does not)"
                 )
             windows = calibration_windows(cfg, tokenizer, documents, calibrate_tokens, seed)
         cfg, params, report = compression.compress(
-            cfg, params, windows, keep=keep, budget=budget, method=method
+            cfg, params, windows, keep=keep, budget=budget, method=method, work=work, seed=seed
         )
     except DelveError as err:
         raise DelveError(f"{name_of(src)}: {err}") from None
+    facts = {"source": _absolute(src), **report.to_json(), "storage": storage}
     cfg = dataclasses.replace(cfg, dtype="float32")
-    partial = Path(dst).with_name(Path(dst).name + ".partial")
-    np.savez(partial / "spectra.npz", **{k.replace("/", "."): v for k, v in report.spectra.items()})
-    absolute = str(Path(src).resolve()) if Path(src).exists() else str(src)
-    facts = {"source": absolute, **report.to_json()}
+    if refine_tokens:
+        settings = Settings(tokens=refine_tokens, seed=seed)
+        tok = data.load_tokenizer(tokenizer, cfg.vocab_size)
+        own = lambda: jax.tree.map(jnp.copy, params)  # noqa: E731  (a step donates; see `dense`)
+        params, facts["refine"] = run.heal(
+            cfg, own, _opener((), documents, tokenizer, cfg.vocab_size, seed), [dense],
+            settings, mesh=parallel.make_mesh(None), workdir=_partial(dst), eot=data.eot_of(tok),
+        )  # fmt: skip
+    cfg, params = convert_storage(cfg, params, storage)
+    spectra = {k.replace("/", "."): v for k, v in report.spectra.items()}
+    np.savez(_partial(dst) / "spectra.npz", **spectra)
+    for left in (work, _partial(dst) / "state"):  # they served resuming
+        shutil.rmtree(left, ignore_errors=True)
     checkpoint.save(dst, cfg, params, tokenizer, overwrite, {"compress.json": facts})
     return {"path": str(dst), **info(dst)}
+
+
+def _absolute(src) -> str:
+    """A local source as an absolute path, a hub id as it is."""
+    return str(Path(src).resolve()) if Path(src).exists() else str(src)
 
 
 def same_tokenizer(named: list[tuple[str, str | None]]) -> None:
@@ -228,7 +267,7 @@ def _teacher_of(src: str) -> str:
     facts = Path(src) / "compress.json"
     if facts.exists():
         return read_json(facts)["source"]
-    return str(Path(src).resolve()) if Path(src).exists() else src
+    return _absolute(src)
 
 
 def heal(

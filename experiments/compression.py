@@ -43,7 +43,7 @@ PARENTS = {
     "rwkv-660k": SHARED / "weights" / "tiny-rwkv-4v0-660K.pth",
 }
 OURS, REFERENCE = "delve", "svd-llm"
-METHODS = ("svd", "asvd", REFERENCE, "svd-llm+allocation", "modegpt", OURS)
+METHODS = ("svd", "asvd", REFERENCE, "svd-llm+allocation", OURS)
 BLIND = "svd"  # sees no text: its one row, seed 0, stands for every seed
 KEEPS, SEEDS = (0.8, 0.6, 0.4, 0.2), (0, 1, 2)
 CALIBRATE, SEQUENCES, WINDOW, BATCH = 65_536, 128, 256, 16

@@ -122,7 +122,13 @@ def training() -> str:
     return "\n".join(lines)
 
 
-BLOCKS = (quickstart, proxies, interruption, sharding, training, optimisers)
+def compression() -> str:
+    """Compression methods on every parent, and what the parts of ours are worth."""
+    r = json.loads((RESULTS / "compression.json").read_text())
+    return "\n\n".join(part for part in r["markdown"].values() if part)
+
+
+BLOCKS = (quickstart, proxies, interruption, sharding, training, optimisers, compression)
 
 
 def main(argv=None) -> int:

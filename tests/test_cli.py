@@ -133,7 +133,7 @@ def test_convert_info_eval_generate_export(upcycled, place, capsys, tmp_path):
     assert code == 0 and out["family"] == "neox"
     code, out, _ = delve(capsys, "info", upcycled / "checkpoint")
     assert code == 0 and set(out["pool"]) == set(PARENTS) and out["family"] == "delve"
-    assert out["streams"]["neo"]["ranks"]["att/out"]
+    assert any(stream["ranks"] for stream in out["streams"].values())
     text = ("--text", place / "report.txt")
     code, ours, _ = delve(capsys, "eval", upcycled / "checkpoint", *text)
     assert code == 0
@@ -171,6 +171,32 @@ def test_keep_one_is_the_parent(place, capsys, tmp_path):
     dense, kept = (delve_jax.load(p) for p in (place / "rwk", tmp_path / "k1"))
     assert code == 0 and kept.config.vocab_rows == 300
     np.testing.assert_allclose(kept.logits(tokens), dense.logits(tokens), atol=1e-4)
+
+
+def test_refined_and_stored_in_another_form(place, capsys, tmp_path):
+    """--refine-tokens trains the factors; --storage is a form of the same function."""
+    argv = (place / "neo", "--keep", 0.6, "--calibrate", place / "cal.txt")
+    src, *rest = argv
+    code, plain, _ = delve(capsys, "compress", src, tmp_path / "uv", *rest)
+    assert code == 0 and plain["storage"] == "uv" and not (tmp_path / "uv" / "work").exists()
+    code, refined, _ = delve(capsys, "compress", src, tmp_path / "r", *rest, "--refine-tokens", 256)
+    facts = json.loads((tmp_path / "r" / "compress.json").read_text())
+    assert code == 0 and facts["refine"]["steps"] >= 1
+    assert refined["parameters"] == plain["parameters"]
+    tokens = np.random.default_rng(0).integers(0, 300, (2, 12))
+    want = delve_jax.load(tmp_path / "uv").logits(tokens)
+    assert np.abs(delve_jax.load(tmp_path / "r").logits(tokens) - want).max() > 1e-4
+    for form, atol in (("pivot", 1e-3), ("int8", 0.3)):
+        code, out, _ = delve(capsys, "convert", tmp_path / "uv", tmp_path / form, "--storage", form)
+        assert code == 0 and out["storage"] == form
+        got = delve_jax.load(tmp_path / form).logits(tokens)
+        np.testing.assert_allclose(got, want, atol=atol * np.abs(want).max())
+    assert json.loads((tmp_path / "pivot" / "config.json").read_text())["storage"] == "pivot"
+    line = bad(capsys, "heal", tmp_path / "int8", tmp_path / "h", "--data", place / "fit.txt",
+               "--tokens", 256)  # fmt: skip
+    assert "uv" in line and "--storage" in line
+    line = bad(capsys, "compress", src, tmp_path / "x", *rest, "--storage", "int4")
+    assert "--storage int4" in line
 
 
 def test_equal_pool_without_text(place, capsys, tmp_path):

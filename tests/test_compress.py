@@ -379,6 +379,17 @@ def test_two_sided_loss_is_its_tail_and_beats_the_one_sided(tmp_path):
         assert lost(same) == pytest.approx(lost(one), rel=1e-7)
 
 
+def test_a_map_that_the_loss_does_not_feel_keeps_finite_factors():
+    rng = np.random.default_rng(6)
+    w, x = rng.normal(size=(24, 24)), rng.normal(size=(500, 24))
+    gram = w.T @ x.T @ x @ w / 500
+    for size in (0.0, 1e-40, 1e-25):  # 1e-40: float32 sums of squares are not even positive there
+        grad = rng.normal(size=(24, 24)) * size
+        fit = factor(w, 9, gram, over="outputs", grad=grad @ grad.T if size == 1e-25 else grad)
+        assert np.isfinite(fit.v_IK).all() and np.isfinite(fit.u_KO).all() and fit.error < 1
+        assert max(np.abs(fit.v_IK).max(), np.abs(fit.u_KO).max()) < 1e6
+
+
 # --- ranks ---------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import scipy.linalg
 
 Array = np.ndarray
+TINY = 1e-30  # mean energies below are the rounding of sums that were made in float32
 DAMPING = 0.1  # of the output metric, chosen on the choose split (experiments/compression.py)
 
 
@@ -70,7 +71,10 @@ def factor(
         v_IK, u_KO = w_IO @ q_OK, q_OK.T
     else:
         v_IK, u_KO, spectrum = _two_sided(w_IO, rank, gram, over, np.asarray(grad), damping)
-    known = int(np.sum(spectrum[:rank] > floor * spectrum[0]))
+        if not spectrum[0]:  # the loss does not feel this map: keep what the activations say
+            q_OK, _ = _basis(w_IO, rank, gram, over)
+            v_IK, u_KO = w_IO @ q_OK, q_OK.T
+    known = int(np.sum(spectrum[:rank] > floor * spectrum[0])) if spectrum[0] else rank
     if gram is not None and known < rank:
         v_IK, u_KO = v_IK[:, :known], u_KO[:known]
         left_IO = w_IO - v_IK @ u_KO
@@ -133,19 +137,25 @@ def damped(grad: Array, plain: Array, damping: float) -> Array:
 def _two_sided(w_IO, rank: int, gram, over: str, grad, damping: float):
     """(v_IK, u_KO, spectrum) of the optimum in both metrics, (6a) or (6b)."""
     n_in, n_out = w_IO.shape
+    # next to nothing may depend on a map: units first
+    unit_x, unit_g = (np.trace(a) / len(a) for a in (gram, grad))
+    if not (unit_x > TINY and unit_g > TINY):
+        return None, None, np.zeros(min(n_in, n_out))
+    gram, grad, unit = gram / unit_x, grad / unit_g, unit_x * unit_g
     if over == "outputs":
         values, vectors = eigh(damped(grad, np.eye(n_out), damping))
+        values = np.maximum(values, np.finfo(np.float32).eps * values[0])
         s_OO = (vectors * np.sqrt(values)) @ vectors.T
-        inverse_OO = (vectors / np.sqrt(np.maximum(values, 1e-300))) @ vectors.T
+        inverse_OO = (vectors / np.sqrt(values)) @ vectors.T
         spectrum, q_OO = eigh(s_OO @ gram @ s_OO)
         q_OK = q_OO[:, :rank]
-        return w_IO @ (s_OO @ q_OK), q_OK.T @ inverse_OO, spectrum[: min(n_in, n_out)]
+        return w_IO @ (s_OO @ q_OK), q_OK.T @ inverse_OO, unit * spectrum[: min(n_in, n_out)]
     f_II = root(gram)
     h_II = damped(grad, w_IO @ w_IO.T, damping)
     spectrum, p_II = eigh(f_II.T @ h_II @ f_II)
     sigma_K = np.sqrt(np.maximum(spectrum[:rank], 1e-300))
     fp_IK = f_II @ (p_II[:, :rank] / sigma_K)
-    return h_II @ fp_IK, fp_IK.T @ w_IO, spectrum
+    return h_II @ fp_IK, fp_IK.T @ w_IO, unit * spectrum
 
 
 def _basis(w_IO: Array, rank: int, gram: Array | None, over: str) -> tuple[Array, Array]:

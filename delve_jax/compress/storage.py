@@ -115,7 +115,7 @@ def _converted(leaf: dict, name: str, ranks: tuple[int, ...], form: str) -> dict
         factors({k: a[i] if stacked else a for k, a in leaf.items() if k != "bias"}, rank)
         for i, rank in enumerate(ranks)
     ]
-    how = Factored(max(ranks), min(ranks), form)
+    how = Factored(max(1, *ranks), min(ranks), form)
     shapes = declared(*dims(leaf, how.least), how, table=name == "embed")
     dtype = next(np.dtype(a.dtype) for k, a in leaf.items() if k in ("v", "u", "q_scale"))
     kinds = {"factor": dtype, "int8": np.int8, "order": np.int32, "scale": np.float32}
