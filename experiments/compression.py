@@ -7,7 +7,8 @@ pictures from what is there. Calibration: 65,536 tokens of the calibrate split, 
 Scored: 128 fixed sequences of 256 tokens of the report split; only the ablation also scores, and
 decides by, the choose split. Intervals: 95 %, paired bootstrap over sequences, seeds averaged.
 rwkv-660k is nearly empty (layers 1 to 3 and every FFN add nothing): it tells methods apart only
-where the budget is tiny. Not yet run.
+where the budget is tiny. Result (README): ours is ahead of every method on the proxies at every
+ratio, but for plain SVD on mamba at keep 0.2 (a tie); the gap of SVD-LLM shrinks by 10 to 46 %.
 """
 
 # Python 3.14 has a module of this name that jax asks for. To every script in this folder it must
@@ -48,6 +49,7 @@ BLIND = "svd"  # sees no text: its one row, seed 0, stands for every seed
 KEEPS, SEEDS = (0.8, 0.6, 0.4, 0.2), (0, 1, 2)
 CALIBRATE, SEQUENCES, WINDOW, BATCH = 65_536, 128, 256, 16
 RESAMPLES = 10_000
+LOST = 1e-4
 SPLITS = ("calibrate", "choose", "report")
 # parts of our method: keyword of compress.compress -> (on, off), in the order they are added
 PARTS = {
@@ -284,7 +286,12 @@ def interval(a_N, b_N):
 
 
 def closed(ours_N, theirs_N, dense_N):
-    """(share, low, high) of the gap between theirs and the dense parent that ours closes."""
+    """(share, low, high) of the gap between theirs and the dense parent that ours closes.
+
+    None where theirs loses too little (LOST nats a token) for a share of it to mean anything.
+    """
+    if np.mean(theirs_N - dense_N) < LOST:
+        return None
     w = resamples(len(ours_N))
     drawn = (w @ (theirs_N - ours_N)) / (w @ (theirs_N - dense_N))
     share = np.mean(theirs_N - ours_N) / np.mean(theirs_N - dense_N)
@@ -336,7 +343,10 @@ def table(result):
                 continue
             if c := compared.get((parent, keep, REFERENCE)):
                 mean, low, high = c["difference"]
-                cells += [f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]", f"{c['gap_closed'][0]:.0%}"]
+                cells += [
+                    f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]",
+                    f"{c['gap_closed'][0]:.0%}" if c["gap_closed"] else "",
+                ]
             else:
                 cells += ["", ""]
             lines.append(f"| {parent} ({dense['report']:.4f}) | {keep} | {' | '.join(cells)} |")
