@@ -218,7 +218,7 @@ def run(args):
         lines = [v for v in lines if v.method not in missing]
     result = read(args.out)
     facts = {
-        "command": "python experiments/compression.py, then --ablation, then --table",
+        "command": "python experiments/compression.py (in parts, by --only), then --table",
         "seeds": SEEDS,
         "tokens": {"calibrate": CALIBRATE, "scored": SEQUENCES * WINDOW, "window": WINDOW},
         "versions": metrics.versions(),

@@ -116,6 +116,8 @@ def compress(
     how = recipe(method.removesuffix("+allocation"), metric=metric, centred=bias)
     if allocation is None:
         allocation = ours or method.endswith("+allocation")
+    if allocation and not how.activations:
+        raise DelveError(f"--method {method}: ranks are allocated by activations; it reads none")
     body, tables, _ = parent_maps(cfg)
     body, tables = ([m for m in some if m.max_rank] for some in (body, tables))
     key = {"method": method.removesuffix("+allocation"), "metric": metric, "bias": bias}

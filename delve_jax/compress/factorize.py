@@ -17,7 +17,7 @@ import scipy.linalg
 
 Array = np.ndarray
 TINY = 1e-30  # mean energies below are the rounding of sums that were made in float32
-DAMPING = 0.1  # of the output metric, chosen on the choose split (experiments/compression.py)
+DAMPING = 0.1  # of the output metric; 0.01 to 0.3 differ by under 2 % of what is lost (NeoX proxy)
 
 
 class Factors(NamedTuple):
