@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -168,7 +169,10 @@ def _programs(cfg: ParentConfig, collections: tuple[str, ...]):
         log_s = jax.nn.log_softmax(models.head_logits(cfg, student, h_nD))
         return (jnp.exp(log_t) * (log_t - log_s)).sum()
 
-    return embed, step, watch, back, head_inputs, head_back, embed_back, final, kl
+    return SimpleNamespace(
+        embed=embed, step=step, watch=watch, back=back, head_inputs=head_inputs,
+        head_back=head_back, embed_back=embed_back, final=final, kl=kl,
+    )  # fmt: skip
 
 
 def _with_gradients(sums: dict, g: dict, params: dict) -> dict:
@@ -192,8 +196,7 @@ class Sweep:
     def __init__(self, source, tokens_NT, folder: Path | None = None, *, inputs=False, seed=0):
         self.cfg, self.source, self.tokens, self.seed = source.cfg, source, tokens_NT, seed
         collections = ("moments", "inputs") if inputs else ("moments",)
-        (self._embed, self._step, self._watch, self._back, self._head_inputs, self._head_back,
-         self._embed_back, self._final, self._kl) = _programs(self.cfg, collections)  # fmt: skip
+        self._run = _programs(self.cfg, collections)
         self.folder = folder
         cfg = self.cfg
         widest = max(getattr(cfg, "d_ffn", 0), 2 * getattr(cfg, "d_inner", 0), 3 * cfg.d_model)
@@ -207,7 +210,7 @@ class Sweep:
     def _embedded(self) -> np.ndarray:
         outer = self.source.outer()
         with jax.default_matmul_precision("highest"):
-            return np.concatenate([self._embed(outer, t) for t in self._batches(self.tokens)])
+            return np.concatenate([self._run.embed(outer, t) for t in self._batches(self.tokens)])
 
     def forward(self) -> Iterator[tuple[int | str, dict[str, Moments] | HeadMoments]]:
         """(layer, {map: Moments}) in order, then ("head", HeadMoments): no metric, no folder."""
@@ -217,7 +220,7 @@ class Sweep:
             with jax.default_matmul_precision("highest"):  # never across a yield: it is global
                 for i, x in enumerate(self._batches(x_NTD)):
                     at = i * self.rows
-                    x_NTD[at : at + self.rows], sown = self._watch(layer, x)
+                    x_NTD[at : at + self.rows], sown = self._run.watch(layer, x)
                     sums.append(sown)
             yield index, _maps(merge(iter(sums)), layer, f"layer {index}, map ")
         yield "head", HeadMoments(*self._head_sums(x_NTD), None, None)
@@ -225,7 +228,7 @@ class Sweep:
     def _head_sums(self, x_NTD) -> tuple[np.ndarray, np.ndarray]:
         outer = self.source.outer()
         with jax.default_matmul_precision("highest"):
-            sums = merge(self._head_inputs(outer, x) for x in self._batches(x_NTD))
+            sums = merge(self._run.head_inputs(outer, x) for x in self._batches(x_NTD))
         gram = sums["gram"] / self.tokens.size
         if not np.isfinite(gram).all():
             raise DelveError("map head: calibration activations are not finite; check the weights")
@@ -245,7 +248,7 @@ class Sweep:
                 layer = self.source.layer(index - 1)
                 with jax.default_matmul_precision("highest"):
                     for i, x in enumerate(self._batches(x_NTD)):
-                        x_NTD[i * self.rows : (i + 1) * self.rows] = self._step(layer, x)
+                        x_NTD[i * self.rows : (i + 1) * self.rows] = self._run.step(layer, x)
             self._keep("x", index, x_NTD)
             tick()
 
@@ -258,7 +261,7 @@ class Sweep:
         with jax.default_matmul_precision("highest"):
             for i in range(0, len(flat), HEAD_TOKENS):
                 key = jax.random.fold_in(jax.random.key(self.seed), i)
-                g, p_V = self._head_back(outer, jnp.asarray(flat[i : i + HEAD_TOKENS]), key)
+                g, p_V = self._run.head_back(outer, jnp.asarray(flat[i : i + HEAD_TOKENS]), key)
                 g_nD[i : i + HEAD_TOKENS] = g
                 total = total + np.asarray(p_V, np.float64)
         self._keep("g", L, g_nD.reshape(x_NTD.shape))
@@ -272,7 +275,7 @@ class Sweep:
             for i, (x, g) in enumerate(
                 zip(self._batches(x_NTD), self._batches(g_NTD), strict=True)
             ):
-                g_NTD[i * self.rows : (i + 1) * self.rows], sown = self._back(layer, x, g)
+                g_NTD[i * self.rows : (i + 1) * self.rows], sown = self._run.back(layer, x, g)
                 sums.append(jax.tree.map(np.asarray, sown))
         self._keep("g", index, g_NTD)
         return _maps(merge(iter(sums)), layer, f"layer {index}, map ")
@@ -282,7 +285,7 @@ class Sweep:
         outer, g_NTD = self.source.outer(), self._load("g", 0)
         pairs = zip(self._batches(self.tokens), self._batches(g_NTD), strict=True)
         with jax.default_matmul_precision("highest"):
-            return merge(self._embed_back(outer, t, g) for t, g in pairs) / self.tokens.size
+            return merge(self._run.embed_back(outer, t, g) for t, g in pairs) / self.tokens.size
 
     def drop(self, index: int) -> None:
         """Forget what only layer `index` needed (its results are safe)."""
@@ -298,12 +301,14 @@ class Sweep:
         """
         top = self.source.outer()
         top = top if outer is None else outer(top)
-        x_NTD = [self._embed(top, t) for t in self._batches(self.tokens[:rows])]
+        x_NTD = [self._run.embed(top, t) for t in self._batches(self.tokens[:rows])]
         for index in range(self.cfg.n_layers):
             params = self.source.layer(index)
             params = params if layer is None else layer(index, params)
-            x_NTD = [self._step(params, x) for x in x_NTD]
-        return np.concatenate([self._final(top, x) for x in x_NTD]).reshape(-1, self.cfg.d_model)
+            x_NTD = [self._run.step(params, x) for x in x_NTD]
+        return np.concatenate([self._run.final(top, x) for x in x_NTD]).reshape(
+            -1, self.cfg.d_model
+        )
 
     def kl(self, teacher_nD, student_nD, outer=None) -> float:
         """Mean KL(parent || changed parent), nats a token, from the features of both."""
@@ -311,7 +316,7 @@ class Sweep:
         new, total = top if outer is None else outer(top), 0.0
         for i in range(0, len(teacher_nD), HEAD_TOKENS):
             part = slice(i, i + HEAD_TOKENS)
-            total += float(self._kl(top, new, teacher_nD[part], student_nD[part]))
+            total += float(self._run.kl(top, new, teacher_nD[part], student_nD[part]))
         return total / len(teacher_nD)
 
     def _file(self, kind: str, index: int) -> Path:

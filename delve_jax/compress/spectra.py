@@ -179,6 +179,10 @@ class Spectra:
         last = min((i for i in range(self.cfg.n_layers) if self._file(i).exists()),
                    default=self.cfg.n_layers)  # fmt: skip
         if not done.exists():
+            for i in range(self.cfg.n_layers):  # after the passes a NaN would name the head alone
+                layer = self.source.layer(i)
+                for m in self.body:
+                    _finite(np.asarray(at(layer, m.name)["kernel"]), f"layer {i}, map {m.name}")
             self.sweep.boundaries(bar.update)
             gram, abs_D, mean_p_V = self.sweep.head()
             _write(done, gram=gram, abs=abs_D, p=mean_p_V)
