@@ -214,6 +214,8 @@ class Spectra:
         outer = self.source.outer()
         p_V = None if self.tokens is None else vocab.frequencies(self.tokens, self.cfg.vocab_size)
         for m in self.tables:
+            if self._file(m.name).exists():
+                continue
             kernel = np.asarray(outer[m.name]["kernel"])
             _finite(kernel, f"table {m.name}")
             tied = self.cfg.tie_embeddings
