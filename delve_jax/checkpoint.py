@@ -1,7 +1,7 @@
 """Checkpoints: DIR/params (sharded Orbax) + config.json + tokenizer.json, restored on any mesh.
 
 Written as DIR.partial, renamed at the end: the final name never holds half a checkpoint. Arrays go
-out in 64 MiB chunks without OCDBT: saving then costs about 0.3 GiB of host memory, not a copy.
+out in 64 MiB chunks without OCDBT (0.3 GiB of host memory, not a copy), stacks layer by layer.
 Every tree carries the CRC-32 of its files and is not restored when one differs. `Steps` are the
 states of a training run: written in the background, the newest sound one is found by itself.
 Several processes call everything here together, over one shared file system.
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
 from jax.sharding import SingleDeviceSharding
 
 from . import parallel
@@ -139,9 +140,11 @@ def _check_sums(path: Path) -> None:
 
 
 def _save_args(tree):
-    return ocp.args.PyTreeSave(
-        tree, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
-    )
+    def args(x):  # a chunk of a large stack [L, I, O] is one layer: `layerwise` reads no other
+        stack = x.ndim == 3 and x.nbytes > CHUNK_BYTES
+        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if stack else ())
+
+    return ocp.args.PyTreeSave(tree, jax.tree.map(args, tree))
 
 
 def _refused(path: Path, err: BaseException) -> DelveError:
@@ -211,10 +214,12 @@ def save(
     tokenizer: str | Path | None = None,
     overwrite: bool = False,
     extra: dict[str, dict] | None = None,
+    served: tuple[str, ...] = (),
 ) -> Path:
     """Write a checkpoint directory: arrays as they are, `tokenizer` a path or the JSON itself.
 
-    extra: further JSON files, name -> object. What already stands in DST.partial moves along.
+    extra: further JSON files, name -> object. What already stands in DST.partial moves along, but
+    for the folders `served`: they were for resuming, and go once the arrays are safe.
     """
     if tokenizer is not None and not str(tokenizer).lstrip().startswith("{"):
         tokenizer = Path(tokenizer).read_text(encoding="utf-8")
@@ -225,6 +230,8 @@ def save(
         if tokenizer is not None:
             texts["tokenizer.json"] = str(tokenizer)
         parallel.on_main(_write_texts, partial, texts)
+        for name in served:
+            parallel.on_main(_remove, partial / name)
     return Path(dst)
 
 
@@ -283,6 +290,14 @@ def restore(src: str | Path, mesh=None, dtype: str | None = None) -> tuple[Confi
 
     cfg, (path, part) = load_config(src), _params_of(Path(src))
     tree = part(_read_abstract(path))
+    _check_fit(src, cfg, tree)
+    tree = models.cast(tree, dtype) if dtype else tree
+    return cfg, part(_restore_tree(path, part(_placed(tree, mesh), wrap=True)))
+
+
+def _check_fit(src: str | Path, cfg: Config, tree) -> None:
+    from . import models
+
     expected = {parallel.path_of(k): x.shape for k, x in _leaves(models.abstract_params(cfg))}
     found = {parallel.path_of(k): x.shape for k, x in _leaves(tree)}
     if odd := sorted(k for k in expected | found if expected.get(k) != found.get(k)):
@@ -290,8 +305,27 @@ def restore(src: str | Path, mesh=None, dtype: str | None = None) -> tuple[Confi
         raise DelveError(
             f"{src}: array {name} is {found.get(name)}, config.json says {expected.get(name)}"
         )
-    tree = models.cast(tree, dtype) if dtype else tree
-    return cfg, part(_restore_tree(path, part(_placed(tree, mesh), wrap=True)))
+
+
+def layerwise(src: str | Path) -> dict | None:
+    """{"layers/att/key/kernel": array} of a checkpoint; array[i].read().result() reads a layer.
+
+    None: a run under way, or a checkpoint from before layers were chunks, where it reads them all.
+    """
+    path = Path(src) / "params"
+    if not path.is_dir():
+        return None
+    _check_sums(path)
+    tree, out = _read_abstract(path), {}
+    _check_fit(src, load_config(src), tree)
+    for key, leaf in _leaves(tree):
+        name = parallel.path_of(key)
+        file = {"driver": "file", "path": str((path / name.replace("/", ".")).absolute())}
+        out[name] = tensorstore.open({"driver": "zarr", "kvstore": file}, read=True).result()
+        large = name.startswith("layers/") and leaf.size * leaf.dtype.itemsize > CHUNK_BYTES
+        if large and out[name].chunk_layout.read_chunk.shape[0] > 1:
+            return None
+    return out
 
 
 def _params_of(src: Path):

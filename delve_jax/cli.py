@@ -1,4 +1,4 @@
-"""`delve VERB`: parsing and printing only; the work is in `road`, `look`, `plan` and `upcycle`.
+"""`delve VERB`: parsing and printing; the work is in `road`, `look`, `plan`, `upcycle`, `delphi`.
 
 Exit 0: done. Exit 2: bad input, one line on stderr. With --json one JSON object stands on stdout;
 bars and logs go to stderr.
@@ -25,6 +25,11 @@ EXAMPLES = {
     "export": "delve export out/healed out/hf",
     "generate": 'delve generate out/healed --prompt "The residual stream"',
     "info": "delve info out/healed",
+    "candidates": "delve delphi candidates --flops 3e20",
+    "recipe": "delve delphi recipe --flops 1e21 --batch 512",
+    "fit": "delve delphi fit points.csv",
+    "forecast": "delve delphi forecast points.csv --flops 1e21 1e22 1e23",
+    "downstream": "delve delphi downstream winners.csv --pool models.csv --flops 1e22 --floor 0.25",
 }
 
 METHOD_HELP = "delve, svd-llm+allocation, svd-llm, asvd or svd"
@@ -102,7 +107,7 @@ def parser() -> Parser:
     p.add_argument("--calibrate", nargs="+", default=[], metavar="TEXT")
     p.add_argument("--calibrate-tokens", type=int, default=65536)
     p.add_argument("--refine-tokens", type=int, default=0, metavar="N",
-                   help="then train the factors on N tokens of that text")  # fmt: skip
+                   help="then train it on N distinct tokens of that text")  # fmt: skip
     p.add_argument(
         "--storage", default="uv", help="uv, pivot (fewer numbers) or int8 (fewer bytes)"
     )
@@ -126,6 +131,8 @@ def parser() -> Parser:
         help="1: log-linear pool; 0: mixture, one latent per parent",
     )
     p.add_argument("--hub-rank", type=int)
+    p.add_argument("--codes", type=int, metavar="R",
+                   help="rank of tables that streams share (default: each its own)")  # fmt: skip
     p.add_argument("--seed", type=int, default=0)
 
     p = verb("heal", "train towards the dense parents' pool", writes=True)
@@ -169,6 +176,8 @@ def parser() -> Parser:
     p.add_argument("--limit-bytes", type=int, help="stop after about so much text")
     p = actions.add_parser("list", help="the named datasets and mixtures")
     p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+    _delphi_flags(verbs)
 
     p = verb("eval", "nll, bits per byte and task metrics")
     p.add_argument("src")
@@ -235,6 +244,36 @@ def _run_flags(p: argparse.ArgumentParser, plan: bool = False) -> None:
     p.add_argument("--seed", type=int, default=0)
 
 
+def _delphi_flags(verbs) -> None:
+    """`delve delphi ACTION`."""
+    delphi = verbs.add_parser("delphi", help="size a run, and forecast its loss and scores")
+    actions = delphi.add_subparsers(dest="action", required=True, metavar="ACTION",
+                                    parser_class=Parser)  # fmt: skip
+
+    def action(name, text, many=True):
+        p = actions.add_parser(name, help=text, description=text,
+                               epilog=f"example: {EXAMPLES[name]}")  # fmt: skip
+        p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+        if many is not None:
+            p.add_argument("--flops", type=float, required=True, metavar="C",
+                           nargs="+" if many else None, help="training budget")  # fmt: skip
+        return p
+
+    action("candidates", "all widths of the recipe at a budget", many=False)
+    p = action("recipe", "the whole configuration of a run at a budget", many=False)
+    p.add_argument("--hidden", type=int, metavar="H", help="width; default: by the T* rule")
+    p.add_argument("--batch", type=int, metavar="B", help="rows; default: the recipe's")
+    points = "CSV with flops, params, loss and, if known, tokens, steps, batch_size"
+    action("fit", "optima and laws of finished runs", None).add_argument("points", help=points)
+    action("forecast", "loss, interval and configuration at larger budgets").add_argument(
+        "points", help=points
+    )
+    p = action("downstream", "benchmark scores: compute to soft metric to accuracy")
+    p.add_argument("scores_csv", metavar="scores", help="CSV with flops, soft (and hard)")
+    p.add_argument("--pool", metavar="CSV", help="models with soft, hard; default: the same file")
+    p.add_argument("--floor", type=float, help="chance level; default: fitted")
+
+
 def _settings(kw: dict):
     """Settings from the parsed flags, which are taken out of `kw`."""
     from dataclasses import fields
@@ -253,6 +292,10 @@ def _settings(kw: dict):
 def run(args: argparse.Namespace) -> dict:
     """Call the verb with its flags."""
     kw = {k: v for k, v in vars(args).items() if k not in ("verb", "json", "src", "dst")}
+    if args.verb == "delphi":  # numbers only: starts without JAX
+        from .delphi import verbs
+
+        return verbs.run(**kw)
     from . import look, road
 
     match args.verb:
@@ -300,6 +343,10 @@ def show(verb: str, result: dict) -> str:
             + ", ".join(f"{n} {w:.3f}" for n, w in result["pool"].items())
             + f"\n\nsample: {result['sample']!r}"
         )
+    if verb == "delphi":
+        from .delphi import verbs
+
+        return verbs.show(result)
     if verb == "generate":
         return result["prompt"] + result["text"]
     if verb == "plan" and "presets" in result:

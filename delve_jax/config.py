@@ -123,6 +123,7 @@ class DelveConfig:
     hub_rank: int = 8
     gate_proj: int = 32
     gate_hidden: int = 64
+    codes: tuple[str, ...] = ()  # tables (embed, head) that the streams have in common, factored
     teachers: tuple[str, ...] = ()  # where each stream's dense parent came from
     dtype: str = "float32"
     family: ClassVar[str] = "delve"
@@ -179,8 +180,9 @@ def from_json(data: dict, where: str = "config.json") -> Config:
     if "streams" in data:
         streams = [dict(s) for s in data["streams"]]
         data["streams"] = tuple((s.pop("name"), from_json(s, where)) for s in streams)
-    if "teachers" in data:
-        data["teachers"] = tuple(data["teachers"])
+    for name in ("teachers", "codes"):
+        if name in data:
+            data[name] = tuple(data[name])
     try:
         if "neurons" in data:
             data["neurons"] = _neurons(data["neurons"], data, where)

@@ -15,6 +15,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from . import VerbModule, models
+from .compress.codes import common
 from .config import DelveConfig, DelveError, ParentConfig
 from .metrics import progress
 from .models import delve
@@ -27,6 +28,7 @@ def joint_config(
     latents: int = 1,
     hub_rank: int | None = None,
     teachers: tuple[str, ...] = (),
+    codes: tuple[str, ...] = (),
 ) -> DelveConfig:
     """The DELVE of these parents: superblocks by their depths, hub rank d/16 unless given."""
     if len({cfg.vocab_size for _, cfg in parents}) > 1:
@@ -42,6 +44,7 @@ def joint_config(
         n_superblocks=delve.choose_superblocks([cfg.n_layers for _, cfg in parents]),
         latents=latents,
         hub_rank=hub_rank or max(1, width // 16),
+        codes=codes,
         teachers=tuple(teachers),
     )
 
@@ -58,15 +61,27 @@ def fuse(
     latents: int = 1,
     hub_rank: int | None = None,
     teachers: tuple[str, ...] = (),
+    codes: int | None = None,
+    shared: bool = False,
     seed: int = 0,
 ) -> tuple[DelveConfig, dict, dict]:
     """-> (config, parameters, report). tokens_NT: calibration windows [N, T]; None: equal weights.
 
     The hub's frozen scales are the streams' RMS at each sync point on the same tokens (1 without).
+    codes: rank of vocabulary tables that all streams share, fitted on the same tokens (None: each
+    keeps its own). shared: the parents come with such tables (`joint.compress`). DelveError: codes
+    without tokens.
     """
-    cfg = joint_config([(n, c) for n, c, _ in parents], latents, hub_rank, teachers)
+    if codes is not None:
+        if tokens_NT is None:
+            raise DelveError(
+                "--codes: name text with --calibrate; the common tables are fitted on it"
+            )
+        parents = common(parents, tokens_NT, codes, seed)
+    tables = tuple(delve.LONG) if shared or codes is not None else ()
+    cfg = joint_config([(n, c) for n, c, _ in parents], latents, hub_rank, teachers, tables)
     params = {
-        "streams": {n: p for n, _, p in parents},
+        **delve.apart(cfg, {n: p for n, _, p in parents}),
         **delve.init_joints(cfg, jax.random.key(seed)),
     }
     if tokens_NT is None:
@@ -80,8 +95,8 @@ def fuse(
     else:  # a weight of exactly 0 would have no gradient and no finite logarithm
         params["pool"] = {"log_pi": jnp.log(jnp.maximum(weights, 1e-6))}
     if cfg.n_superblocks > 1:
-        for name, sub in cfg.streams:
-            rms = boundary_rms(sub, params["streams"][name], tokens_NT[:8], cfg.n_superblocks)
+        for name, sub, whole in parents:
+            rms = boundary_rms(sub, whole, tokens_NT[:8], cfg.n_superblocks)
             params["hub"][name]["sigma"] = jnp.asarray(rms, jnp.float32)
     return cfg, params, {"fitted": True, "weights": weights.tolist(), **report}
 

@@ -89,7 +89,7 @@ def info(src) -> dict:
         "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest() if tokenizer else None,
     }
     if cfg.family != "delve":
-        return out | {"layers": cfg.n_layers, "width": cfg.d_model, "ranks": _ranks(cfg),
+        return out | {"layers": cfg.n_layers, "width": cfg.d_model, **_sizes(cfg),
                       "storage": cfg.storage}  # fmt: skip
     if cfg.latents == 1:
         weights = np.asarray(pool["a"], np.float64)
@@ -102,12 +102,14 @@ def info(src) -> dict:
         "pool": dict(zip(cfg.names, weights.tolist(), strict=True)),
         "streams": {
             n: {"family": s.family, "layers": s.n_layers, "width": s.d_model,
-                "parameters": models.count(s), "ranks": _ranks(s)}
+                "parameters": models.count(s), **_sizes(s)}
             for n, s in cfg.streams
         },
         "teachers": list(cfg.teachers),
     }  # fmt: skip
 
 
-def _ranks(cfg) -> dict:
-    return {name: list(ranks) for name, ranks in cfg.ranks}
+def _sizes(cfg) -> dict:
+    """Ranks of the factored maps; MLP widths where neurons were pruned."""
+    ranks = {name: list(ranks) for name, ranks in cfg.ranks}
+    return {"ranks": ranks, **({"neurons": list(cfg.neurons)} if cfg.neurons else {})}

@@ -18,7 +18,8 @@ from pathlib import Path
 import jax
 
 from . import VerbModule, models, parallel, parents, presets
-from .config import Config, DelveError, from_json, to_json
+from .config import Config, DelveError, ParentConfig, from_json, to_json
+from .parents import stock
 from .train.run import Settings, shapes_of, step_of
 
 # dense bfloat16 FLOP/s and bytes of memory of one device, from the vendors' data sheets
@@ -29,18 +30,23 @@ DEVICES = {
 }  # fmt: skip
 
 
-def _matmul_size(cfg, tree: dict, keep_ranks: dict) -> int:
-    """Elements of all weights that a token is multiplied with, at true ranks."""
-    total = 0
+def _matmul_size(cfg, tree: dict) -> int:
+    """Elements of all weights that a token is multiplied with, at true ranks and MLP widths."""
+    total, mlp = 0, models.FAMILY[cfg.family].MLP if cfg.neurons else ()
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         *above, name = parallel.path_of(keys).split("/")
         if name not in ("kernel", "v", "u") or above[-1] in ("embed", "conv"):
             continue
-        ranks = keep_ranks.get("/".join(above[1:] if above[0] == "layers" else above))
-        if name == "kernel" or ranks is None:
-            total += leaf.size
-        else:
-            total += sum(ranks) * (leaf.shape[-2] if name == "v" else leaf.shape[-1])
+        where = "/".join(above[1:] if above[0] == "layers" else above)
+        layers = leaf.shape[0] if leaf.ndim == 3 else 1
+        ins, outs = ((n,) * layers for n in leaf.shape[-2:])
+        if where in mlp[:-1] and name != "v":
+            outs = cfg.neurons
+        elif where in mlp[-1:] and name != "u":
+            ins = cfg.neurons
+        if name != "kernel":
+            ins, outs = (ins, cfg.rank(where)) if name == "v" else (cfg.rank(where), outs)
+        total += sum(i * o for i, o in zip(ins, outs, strict=True))
     return total
 
 
@@ -55,9 +61,13 @@ def forward_flops(cfg: Config, T: int) -> int:
         if cfg.n_superblocks > 1:
             width = sum(s.d_model for _, s in cfg.streams)
             hub = 4 * (cfg.n_superblocks - 1) * cfg.hub_rank * width
-        return hub + sum(forward_flops(sub, T) for _, sub in cfg.streams)
+        total = hub + sum(forward_flops(sub, T) for _, sub in cfg.streams)
+        if cfg.latents == 1 and "head" in cfg.codes:  # pooled before the long side of the head
+            (rank,) = cfg.streams[0][1].rank("head")
+            total -= 2 * (len(cfg.streams) - 1) * rank * cfg.vocab_size
+        return total
     tree = models.abstract_params(cfg)
-    total = 2 * _matmul_size(cfg, tree, dict(cfg.ranks))
+    total = 2 * _matmul_size(cfg, tree)
     if cfg.tie_embeddings:
         total += 2 * sum(x.size for x in jax.tree.leaves(tree["embed"]))
     if cfg.family in ("neox", "qwen3"):
@@ -142,7 +152,19 @@ def _config_of(target: str, keep: float | None) -> Config:
 def _teachers(cfg: Config) -> tuple:
     """The dense parents of a DELVE or of a compressed parent."""
     parts = [sub for _, sub in cfg.streams] if cfg.family == "delve" else [cfg]
-    return tuple(dataclasses.replace(sub, ranks=()) for sub in parts)
+    return tuple(_dense(sub) for sub in parts)
+
+
+def _dense(cfg: ParentConfig) -> ParentConfig:
+    """The parent that this one was compressed from; of pruned ones the source's own file knows."""
+    dense = dataclasses.replace(cfg, ranks=(), neurons=())
+    if not (cfg.neurons and cfg.hf_config):
+        return dense
+    source = stock.FAMILIES[cfg.family].config(
+        json.loads(cfg.hf_config), "config.json", vocab_size=cfg.vocab_size,
+        vocab_rows=cfg.vocab_rows,
+    )  # fmt: skip
+    return dataclasses.replace(dense, d_ffn=source.d_ffn)
 
 
 def _bytes(mesh, tree) -> int:

@@ -23,9 +23,9 @@ from .config import (
     RopeScaling,
     RwkvConfig,
 )
+from .delphi.recipe import DELPHI
 
 V = 50277  # ids of the GPT-NeoX-20B tokenizer; checkpoints pad their tables beyond
-DELPHI_V = 128256  # of Llama 3's
 RANK_STEP = 32  # ranks that meshes divide and matrix units fill
 
 
@@ -52,17 +52,17 @@ def delphi(width: int) -> Qwen3Config:
     """Delphi of any width that is a multiple of 128: the width sets everything else."""
     if width < 128 or width % 128:
         raise DelveError(f"preset delphi-{width}: the width must be a multiple of 128")
-    heads = width // 128
+    heads = DELPHI.heads(width)
     return Qwen3Config(
-        DELPHI_V,
-        DELPHI_V,
+        DELPHI.vocab_size,
+        DELPHI.vocab_size,
         width,
-        round(width / (64 + 4 * math.log2(width) - 9)),
-        context_length=4096,
+        DELPHI.layers(width),
+        context_length=DELPHI.seq_len,
         n_heads=heads,
         n_kv_heads=heads,
-        head_dim=128,
-        d_ffn=4 * width,
+        head_dim=DELPHI.head_dim,
+        d_ffn=DELPHI.mlp_ratio * width,
         rope_theta=500000.0,
         rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
     )

@@ -1,10 +1,12 @@
-"""The table and the picture of an upcycle report, both made from report.json alone."""
+"""Tables and pictures of reports, made from the files that the verbs leave and nothing else."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 INK, ACCENT, MUTED = "#222222", "#c4472b", "#7a8ca3"
+KINDS = (INK, ACCENT, MUTED, "#d99a2b", "#4b7f52", "#8a5a9e", "#2f6f9f", "#b07a62", "#a0a060")
+FLOOR = 1e-9  # of a spectrum that is drawn
 
 
 def table(report: dict) -> str:
@@ -61,5 +63,97 @@ def picture(report: dict, path: str | Path) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def ranks_picture(facts: dict, spectra: dict, path: str | Path) -> None:
+    """What compress.json and spectra.npz say: the rank of every map and layer, and the spectra.
+
+    Colours are shares of the largest rank that is cheaper than the dense map.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    maps, dense, neurons = facts["maps"], facts["dense"], facts["neurons"]
+    names = [*dense, *maps]
+    names.sort(key=lambda n: (n not in ("embed", "head"), n))
+    rows = [f"neurons of {max(facts['neurons_before'], 1):,}"] if neurons else []
+    L = max([len(m["ranks"]) for m in maps.values()] + [len(neurons)])
+    height = max(3.4, 1.4 + 0.36 * (len(names) + len(rows)))
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11.5, height), dpi=150, width_ratios=(1.25, 1), layout="constrained"
+    )
+    shades = matplotlib.colors.LinearSegmentedColormap.from_list("ranks", ["#fbf1ee", ACCENT])
+    small = L <= 16  # room for numbers
+
+    def cell(x: int, y: int, share: float, text: str, width: int = 1) -> None:
+        box = plt.Rectangle((x, y), width, 1, facecolor=shades(min(share, 1.0)), edgecolor="white",
+                            linewidth=0.8 if small else 0.2)  # fmt: skip
+        left.add_patch(box)
+        if small:
+            left.text(x + width / 2, y + 0.5, text, ha="center", va="center", fontsize=7,
+                      color="white" if share > 0.6 else INK)  # fmt: skip
+
+    for y, name in enumerate(names):
+        if name in dense:
+            box = plt.Rectangle((0, y), L, 1, facecolor="#eef1f4", edgecolor="white", hatch="///")
+            left.add_patch(box)
+            pruned = neurons and facts["neurons_before"] in dense[name]
+            word = "dense, at fewer neurons" if pruned else "dense"
+            left.text(L / 2, y + 0.5, word, ha="center", va="center", fontsize=8, color=MUTED)
+            continue
+        (n_in, n_out), ranks = maps[name]["shape"], maps[name]["ranks"]
+        most = (n_in * n_out - 1) // (n_in + n_out)
+        for x, rank in enumerate(ranks):
+            if rank:
+                cell(x, y, rank / most, str(rank), L if len(ranks) < L else 1)
+            else:
+                left.plot(x + 0.5, y + 0.5, marker="x", color=INK, markersize=5 if small else 3)
+    for x, kept in enumerate(neurons):
+        cell(x, len(names), kept / facts["neurons_before"], str(kept))
+    left.set_xlim(0, L)
+    left.set_ylim(len(names) + len(rows), 0)
+    ticks = range(0, L, max(1, -(-L // 12)))
+    left.set_xticks([t + 0.5 for t in ticks], [str(t) for t in ticks])
+    left.set_yticks([y + 0.5 for y in range(len(names) + len(rows))], names + rows, fontsize=8)
+    left.tick_params(length=0, labelsize=8)
+    right.tick_params(labelsize=8)
+    left.set_xlabel("layer (a table has none)", fontsize=9)
+    left.set_title("rank over the largest useful rank; x: dropped", fontsize=9)
+    scale = matplotlib.cm.ScalarMappable(cmap=shades)
+    bar = figure.colorbar(scale, ax=left, fraction=0.03, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=7, length=0)
+
+    for colour, name in zip(KINDS * 2, [n for n in names if n in maps], strict=False):
+        energy_LK = spectra[name.replace("/", ".")]
+        scaled_LK = energy_LK / energy_LK[:, :1].clip(1e-300)
+        K = scaled_LK.shape[1]
+        mean_K = scaled_LK.mean(0).clip(FLOOR)
+        right.plot([(i + 1) / K for i in range(K)], mean_K, color=colour, linewidth=1.2, label=name)
+        rank = sum(maps[name]["ranks"]) / len(maps[name]["ranks"])
+        if rank >= 1:
+            right.plot(rank / K, mean_K[int(rank) - 1], "o", color=colour, markersize=5)
+    right.set_yscale("log")
+    right.set_xlim(0, 1)
+    right.set_xlabel("rank over the narrow side", fontsize=9)
+    right.set_ylabel("energy over the largest", fontsize=9)
+    right.set_title("spectra, mean of the layers; dots: mean rank kept", fontsize=9)
+    right.grid(color="#eeeeee")
+    right.legend(fontsize=7, frameon=False, ncols=2, loc="lower left")
+    for axes in (left, right):
+        for side in ("top", "right", *(("left", "bottom") if axes is left else ())):
+            axes.spines[side].set_visible(False)
+    measured = facts["measured"]
+    title = f"{facts['ratio']:.1%} of {facts['parameters_before']:,} parameters"
+    if measured:
+        title += f"; KL {measured['kl']:.4f}"
+        if facts["expected_kl"] is not None:
+            title += f" (expected {facts['expected_kl']:.4f})"
+        title += f", nll {measured['nll_before']:.4f} to {measured['nll_after']:.4f} nats a token"
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path)
     plt.close(figure)

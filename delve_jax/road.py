@@ -13,17 +13,18 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from . import checkpoint, data, parallel, parents
 from . import compress as compression
 from . import fuse as fusion
+from .compress.refine import refine
 from .compress.storage import convert as convert_storage
 from .config import STORAGES, Config, DelveError, read_json
 from .look import info, texts_of
 from .metrics import versions
+from .models import parameter_bytes
+from .report import ranks_picture
 from .train import run
 from .train.run import Settings
 
@@ -85,6 +86,22 @@ def calibration_windows(
     return windows[np.sort(order[: max(1, tokens // T)])]
 
 
+def refinement_rows(
+    cfg: Config, tokenizer_json: str | None, documents: Sequence[str], tokens: int, seed: int = 0
+) -> np.ndarray:
+    """Random rows [N, T + 1] of the text, at most `tokens` ids in all (but one row at least).
+
+    Drawn like calibration windows, each with the id that follows: at one seed the smaller of the
+    two sets lies in the larger, so that the distinct tokens of both are those of the larger.
+    """
+    ids = data.encode_documents(data.load_tokenizer(tokenizer_json, cfg.vocab_size), documents)
+    T = min(cfg.context_length, CALIBRATION_WINDOW, len(ids) - 1)
+    rows = data.windows(ids, T + 1, T)
+    order = np.random.default_rng(seed).permutation(len(data.windows(ids, T)))
+    order = order[order < len(rows)]  # the text's last window may have no id after it
+    return rows[np.sort(order[: max(1, tokens // (T + 1))])]
+
+
 def name_of(src: str | Path) -> str:
     """A short name of a source: its directory, file or repository name without revision."""
     return re.sub(r"@.*$", "", str(src).rstrip("/")).rsplit("/", 1)[-1].removesuffix(".pth")
@@ -130,11 +147,13 @@ def compress(
 ):
     """Parent -> factored checkpoint; `keep` is the kept share of ALL parameters.
 
-    calibrate: text files, or `documents` themselves. refine_tokens: train the factors on so many
-    tokens of that text, towards the dense parent. storage: the form of the factors in DST (pivot
-    and int8 are for running, not for training). Leaves DST/compress.json (ranks, errors) and
-    DST/spectra.npz (sigma^2 of every map). A killed call goes on where it was, layer by layer.
-    DelveError: a ratio that cannot be met (says which can).
+    calibrate: text files, or `documents` themselves. refine_tokens: train what is left, towards
+    the dense parent, on so many distinct tokens of that text in several passes (the calibration
+    tokens are among them). storage: the form of the factors in DST (pivot and int8 are for running,
+    not for training). Without these two the parent is read layer by layer from its files, and
+    memory does not depend on its depth. Leaves DST/compress.json (ranks, errors, divergence),
+    DST/compress.png and DST/spectra.npz (sigma^2 of every map). A killed call goes on where it was,
+    layer by layer. DelveError: a ratio that cannot be met (says which can).
     """
     command = {"verb": "compress", "src": src, "keep": keep, "budget": budget, "method": method,
                "calibrate": list(map(str, calibrate)), "calibrate_tokens": calibrate_tokens,
@@ -147,8 +166,12 @@ def compress(
         raise DelveError(f"--storage {storage}: choose one of {', '.join(STORAGES)}")
     if begin(dst, command, overwrite):
         return already(dst)
-    cfg, params, tokenizer = parents.load(src, dtype="float32")
-    dense = cfg, params
+    source = parents.open_layers(src) if not refine_tokens and storage == "uv" else None
+    if source is None:
+        cfg, params, tokenizer = parents.load(src, dtype="float32")
+    else:
+        cfg, params, tokenizer = source.cfg, source, source.tokenizer
+    dense, stored = (cfg, params), source.stored if source else cfg
     work = _partial(dst) / "work"
     try:
         compression.plan_for(cfg, keep=keep, budget=budget)  # a ratio that fails, fails at once
@@ -163,31 +186,36 @@ def compress(
                 )
             windows = calibration_windows(cfg, tokenizer, documents, calibrate_tokens, seed)
         cfg, params, report = compression.compress(
-            cfg, params, windows, keep=keep, budget=budget, method=method, work=work, seed=seed
-        )
+            cfg, params, windows, keep=keep, budget=budget, method=method, work=work, seed=seed,
+            check=True,
+        )  # fmt: skip
     except DelveError as err:
         raise DelveError(f"{name_of(src)}: {err}") from None
-    facts = {"source": _absolute(src), **report.to_json(), "storage": storage}
+    facts = {"source": source_of(src), **report.to_json(), "storage": storage}
+    stored = dataclasses.replace(stored, vocab_rows=cfg.vocab_size)
+    facts |= {"dtype_before": stored.dtype, "parameter_bytes_before": parameter_bytes(stored)}
     cfg = dataclasses.replace(cfg, dtype="float32")
     if refine_tokens:
-        settings = Settings(tokens=refine_tokens, seed=seed)
+        rows = refinement_rows(cfg, tokenizer, documents, refine_tokens, seed)
         tok = data.load_tokenizer(tokenizer, cfg.vocab_size)
-        own = lambda: jax.tree.map(jnp.copy, params)  # noqa: E731  (a step donates; see `dense`)
-        params, facts["refine"] = run.heal(
-            cfg, own, _opener((), documents, tokenizer, cfg.vocab_size, seed), [dense],
-            settings, mesh=parallel.make_mesh(None), workdir=_partial(dst), eot=data.eot_of(tok),
-        )  # fmt: skip
+        params, facts["refine"] = refine(
+            cfg, params, dense, rows, workdir=_partial(dst), eot=data.eot_of(tok), seed=seed
+        )
     cfg, params = convert_storage(cfg, params, storage)
+    facts |= {"dtype_after": cfg.dtype, "parameter_bytes_after": parameter_bytes(cfg)}
     spectra = {k.replace("/", "."): v for k, v in report.spectra.items()}
     np.savez(_partial(dst) / "spectra.npz", **spectra)
-    for left in (work, _partial(dst) / "state"):  # they served resuming
-        shutil.rmtree(left, ignore_errors=True)
-    checkpoint.save(dst, cfg, params, tokenizer, overwrite, {"compress.json": facts})
+    if report.plan.neurons:
+        facts["neurons_before"] = stored.d_ffn
+    if facts["maps"]:
+        ranks_picture(facts, spectra, _partial(dst) / "compress.png")
+    checkpoint.save(dst, cfg, params, tokenizer, overwrite, {"compress.json": facts},
+                    served=("work", "state"))  # fmt: skip
     return {"path": str(dst), **info(dst)}
 
 
-def _absolute(src) -> str:
-    """A local source as an absolute path, a hub id as it is."""
+def source_of(src) -> str:
+    """How a source is recorded: a local one as an absolute path, a hub id as it is."""
     return str(Path(src).resolve()) if Path(src).exists() else str(src)
 
 
@@ -214,11 +242,14 @@ def fuse(
     calibrate_tokens: int = 32768,
     latents: int = 1,
     hub_rank: int | None = None,
+    codes: int | None = None,
     teachers: Sequence[str] | None = None,
     seed: int = 0,
     overwrite: bool = False,
 ):
     """Parents (compressed or dense) -> DELVE at step 0. latents: 1, or 0 for one per parent.
+
+    codes: rank of vocabulary tables that all streams share (None: each keeps its own).
 
     Pool weights are fitted on the text, equal without it. `teachers` defaults to the dense sources
     that the compressed parents recorded.
@@ -226,7 +257,7 @@ def fuse(
     sources = [str(s) for s in sources]
     command = {"verb": "fuse", "sources": sources, "calibrate": list(map(str, calibrate)),
                "calibrate_tokens": calibrate_tokens, "latents": latents, "hub_rank": hub_rank,
-               "data_hash": data.data_hash(documents) if documents else None,
+               "codes": codes, "data_hash": data.data_hash(documents) if documents else None,
                "seed": seed}  # fmt: skip
     if begin(dst, command, overwrite):
         return already(dst)
@@ -255,7 +286,7 @@ def fuse(
         shortest = min((c for _, c, _ in parts), key=lambda c: c.context_length)
         windows = calibration_windows(shortest, tokenizer, documents, calibrate_tokens, seed)
     cfg, params, report = fusion.fuse(
-        parts, windows, latents=latents or len(parts), hub_rank=hub_rank,
+        parts, windows, latents=latents or len(parts), hub_rank=hub_rank, codes=codes,
         teachers=tuple(map(str, teachers)), seed=seed,
     )  # fmt: skip
     checkpoint.save(dst, cfg, params, tokenizer, overwrite, {"fuse.json": report})
@@ -267,7 +298,7 @@ def _teacher_of(src: str) -> str:
     facts = Path(src) / "compress.json"
     if facts.exists():
         return read_json(facts)["source"]
-    return _absolute(src)
+    return source_of(src)
 
 
 def heal(

@@ -7,6 +7,7 @@ pool weights), data (healing), report (the numbers shown).
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -15,10 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from . import VerbModule, data, fuse, lm, look, parents, road
+from . import VerbModule, checkpoint, data, fuse, lm, look, parents, road
 from . import compress as compression
 from . import evaluate as evaluation
+from .compress import codes, joint
 from .compress.allocate import smallest
+from .compress.spectra import InMemory
 from .config import DelveError, read_json
 from .metrics import versions
 from .train.loop import Saving
@@ -83,6 +86,57 @@ def budgets(configs: list, keep: float) -> list[int]:
             f"parents is {np.ceil((least + joints / sum(counts)) * 1e4) / 1e4:.4f}"
         )
     return [int(ratio * n) for n in counts]
+
+
+def together_budget(configs: list, keep: float) -> int:
+    """Parameters that parents with common tables may have in all, beside hub, gate and pool."""
+    if not 0 < keep <= 1:
+        raise DelveError(f"--keep {keep}: must lie in (0, 1], the kept share of all parameters")
+    total = sum(look.valid_count(cfg) for _, cfg in configs)
+    joints = fuse.joints_count(fuse.joint_config(configs))
+    least = joint.smallest([cfg for _, cfg in configs]) + joints / total
+    if keep < least:
+        raise DelveError(
+            f"--keep {keep}: rank 1 everywhere needs more; the smallest possible --keep for these "
+            f"parents is {np.ceil(least * 1e4) / 1e4:.4f}"
+        )
+    return int(keep * total) - joints
+
+
+def _together(
+    named: dict, work: Path, documents, budget: int, tokens: int, latents: int, seed: int
+):
+    """Compress parents within one budget, tables in common -> work/parents/NAME, work/fused."""
+    _say(f"compress {', '.join(named)} to {budget:,} parameters in all")
+    parts, windows = [], {}
+    for name, src in named.items():
+        source = parents.open_layers(src)
+        if source is None:
+            cfg, params, tokenizer = parents.load(src, dtype="float32")
+            source = InMemory(*compression.compress(cfg, params, None, keep=1.0, method="svd")[:2])
+        else:
+            cfg, tokenizer = source.cfg, source.tokenizer
+        windows[name] = road.calibration_windows(cfg, tokenizer, documents, tokens, seed)
+        parts.append(joint.Part(name, source, windows[name]))
+    out = joint.compress(parts, budget, work / "together", seed=seed)
+    teachers = tuple(road.source_of(src) for src in named.values())
+    made = [(n, dataclasses.replace(cfg, dtype="float32"), p) for n, cfg, p in out.parents]
+    for (name, cfg, params), teacher in zip(made, teachers, strict=True):
+        dst = work / "parents" / name
+        if not dst.exists():
+            facts = {"source": teacher, "method": "delve", "together": out.report}
+            cfg, params = codes.alone(cfg, params)
+            checkpoint.save(dst, cfg, params, tokenizer, extra={"compress.json": facts})
+    _say("fuse")
+    shortest = min(windows.values(), key=lambda w: w.shape[1])
+    cfg, params, report = fuse.fuse(
+        made, shortest[: max(1, len(shortest) // 2)], latents=latents or len(made), shared=True,
+        teachers=teachers, seed=seed,
+    )  # fmt: skip
+    checkpoint.save(
+        work / "fused", cfg, params, tokenizer, extra={"fuse.json": report | out.report}
+    )
+    shutil.rmtree(work / "together")
 
 
 def score(name: str, model: lm.LM, texts: Sequence[str], window: int) -> dict:
@@ -154,18 +208,24 @@ def upcycle(
     if known[0][1] is None and known[0][0].vocab_size != 256:
         raise DelveError(f"{sources[0]}: has no tokenizer.json; upcycle needs one to read text")
     names = _unique([road.name_of(s) for s in sources])
-    allowed = budgets([(n, cfg) for n, (cfg, _) in zip(names, known, strict=True)], keep)
-    for name, src, budget in zip(names, sources, allowed, strict=True):
-        _say(f"compress {name} to {budget:,} parameters")
-        road.compress(
-            src, work / "parents" / name, budget=budget, method=method,
-            documents=texts["calibrate"], calibrate_tokens=calibrate_tokens, seed=seed,
+    configs = [(n, cfg) for n, (cfg, _) in zip(names, known, strict=True)]
+    if method == "delve" and len(sources) > 1:
+        budget = together_budget(configs, keep)
+        if not (work / "fused").exists():
+            _together(dict(zip(names, sources, strict=True)), work, texts["calibrate"], budget,
+                      calibrate_tokens, latents, seed)  # fmt: skip
+    else:
+        for (name, _), src, budget in zip(configs, sources, budgets(configs, keep), strict=True):
+            _say(f"compress {name} to {budget:,} parameters")
+            road.compress(
+                src, work / "parents" / name, budget=budget, method=method,
+                documents=texts["calibrate"], calibrate_tokens=calibrate_tokens, seed=seed,
+            )  # fmt: skip
+        _say("fuse")
+        road.fuse(
+            [work / "parents" / n for n in names], work / "fused", documents=texts["calibrate"],
+            calibrate_tokens=calibrate_tokens // 2, latents=latents, seed=seed,
         )  # fmt: skip
-    _say("fuse")
-    road.fuse(
-        [work / "parents" / n for n in names], work / "fused", documents=texts["calibrate"],
-        calibrate_tokens=calibrate_tokens // 2, latents=latents, seed=seed,
-    )  # fmt: skip
     if heal_tokens:
         _say(f"heal for {heal_tokens:,} tokens")
         road.heal(

@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import math
 import sys
@@ -31,6 +32,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rivals
 
 from delve_jax import compress, data, evaluate, metrics, models, parents, road
 from delve_jax.config import DelveError
@@ -44,19 +46,15 @@ PARENTS = {
     "rwkv-660k": SHARED / "weights" / "tiny-rwkv-4v0-660K.pth",
 }
 OURS, REFERENCE = "delve", "svd-llm"
-METHODS = ("svd", "asvd", REFERENCE, "svd-llm+allocation", OURS)
+METHODS = ("svd", "asvd", "asvd+strs", REFERENCE, "svd-llm+allocation", "modegpt", OURS)
 BLIND = "svd"  # sees no text: its one row, seed 0, stands for every seed
 KEEPS, SEEDS = (0.8, 0.6, 0.4, 0.2), (0, 1, 2)
 CALIBRATE, SEQUENCES, WINDOW, BATCH = 65_536, 128, 256, 16
 RESAMPLES = 10_000
 LOST = 1e-4
 SPLITS = ("calibrate", "choose", "report")
-# parts of our method: keyword of compress.compress -> (on, off), in the order they are added
-PARTS = {
-    "bias": (True, False),
-    "metric": (True, False),
-    "allocation": (True, False),
-}
+# parts of our method: keywords of compress.compress, in the order they are added
+PARTS = ("bias", "metric", "allocation", "pruning", "anchor")
 ABLATION_KEEPS, ABLATION_SEEDS = (0.6, 0.4), (0,)
 
 
@@ -69,17 +67,20 @@ class Variant(NamedTuple):
 
 
 def variants(ablation):
-    """The methods; or our parts added one by one to the bare form, and each taken away alone."""
+    """The methods; or our parts added one by one to the bare form, and each that is on by default
+    taken away alone."""
     if not ablation:
         return [Variant(m, m, {}) for m in METHODS]
-    on = {part: values[0] for part, values in PARTS.items()}
-    sums = {part: values[1] for part, values in PARTS.items()}
+    known = inspect.signature(compress.compress).parameters
+    ours = {part: known[part].default is not False for part in PARTS}
+    sums = dict.fromkeys(PARTS, False)
     out = [Variant("bare", OURS, dict(sums))]
     for part in PARTS:
-        sums[part] = on[part]
+        sums[part] = True
         out.append(Variant(f"+ {part}", OURS, dict(sums)))
-    # the last sum is all parts, and without the last part is the sum before it
-    return out + [Variant(f"all - {p}", OURS, on | {p: PARTS[p][1]}) for p in [*PARTS][:-1]]
+    # without the last of them ours is the sum before it
+    *some, _ = [part for part in PARTS if ours[part]]
+    return out + [Variant(f"all - {p}", OURS, ours | {p: False}) for p in some]
 
 
 # ---- parents and data ----------------------------------------------------------------------------
@@ -155,15 +156,21 @@ class Parent:
 
     def measure(self, variant, keep, seed, splits):
         """One row: compress and score; a ratio that the method cannot meet is a row as well."""
-        began = time.perf_counter()
+        began, work = time.perf_counter(), self._work(variant, seed)
         try:
-            cfg, params, _ = compress.compress(
-                self.cfg, self.params, self.calibration(seed), keep=keep, method=variant.method,
-                work=self._work(variant, seed), progress=False, **variant.parts,
-            )  # fmt: skip
+            if variant.method in rivals.RIVALS:
+                cfg, params, row = rivals.counted(
+                    variant.method, self.cfg, self.params, self.calibration(seed), keep, work
+                )
+            else:
+                cfg, params, report = compress.compress(
+                    self.cfg, self.params, self.calibration(seed), keep=keep, work=work,
+                    method=variant.method, progress=False, **variant.parts,
+                )  # fmt: skip
+                row = {"parameters": models.count(cfg), "bytes": evaluate.parameter_bytes(cfg)}
+                row |= {"neurons": list(report.plan.neurons)} if report.plan.neurons else {}
         except DelveError as err:
             return {"refused": str(err)}
-        row = {"parameters": models.count(cfg), "bytes": evaluate.parameter_bytes(cfg)}
         if row["parameters"] > math.floor(keep * self.total * (1 + 1e-12)):
             raise RuntimeError(f"{self.name}, {variant.label}, keep {keep}: over the budget: {row}")
         for split in splits:
@@ -182,7 +189,7 @@ def _sums(split, nats_N):
 
 def code_hash():
     """Of the compression code: rows of different code are told apart."""
-    files = sorted((ROOT / "delve_jax/compress").glob("*.py"))
+    files = [*sorted((ROOT / "delve_jax/compress").glob("*.py")), Path(rivals.__file__)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
@@ -213,7 +220,7 @@ def run(args):
     names = [n for n in PARENTS if n in (args.only or ())] or list(PARENTS)
     if unknown := set(args.only or ()) - set(PARENTS) - {v.label for v in variants(args.ablation)}:
         raise DelveError(f"--only {unknown.pop()}: neither a parent nor a line of the table")
-    if missing := {v.method for v in lines} - set(compress.METHODS):
+    if missing := {v.method for v in lines} - {*compress.METHODS, *rivals.RIVALS}:
         print(f"left out, compress lacks them: {', '.join(sorted(missing))}", file=sys.stderr)
         lines = [v for v in lines if v.method not in missing]
     result = read(args.out)
@@ -338,7 +345,7 @@ def table(result):
                 sign = "!" if low > 0 else "=" if high >= 0 else ""
                 beaten &= not sign
                 nats = f"{np.mean([*cell.values()]):.4f}{sign}" if cell else ""
-                cells.append(nats or "cannot" * ((parent, method, keep) in refusals))
+                cells.append(nats or "n/a" * ((parent, method, keep) in refusals))
             if not any(cells):
                 continue
             if c := compared.get((parent, keep, REFERENCE)):
@@ -355,6 +362,8 @@ def table(result):
         "calibration seeds; the keep ratio counts every parameter, tables included:"
     )
     lines = [caption, "", *lines]
+    if refusals:
+        lines += ["", "n/a: the method cannot do it (the budget is too small, or there is no MLP)."]
     if not beaten:
         lines += ["", "= : the interval of ours minus it contains zero; ! : it is better."]
     if len({row["code"] for row in result["rows"] if row["study"] == "methods"}) > 1:

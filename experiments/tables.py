@@ -128,7 +128,113 @@ def compression() -> str:
     return "\n\n".join(part for part in r["markdown"].values() if part)
 
 
-BLOCKS = (quickstart, proxies, interruption, sharding, training, optimisers, compression)
+def refinement() -> str:
+    """Compressed proxies after their short distillation, and the ways that were compared."""
+    r = json.loads((RESULTS / "refinement.json").read_text())
+    lines = [
+        f"Keep {r['keep']}, nats per token on {r['scored']:,} report tokens, mean of "
+        f"{len(r['seeds'])} seeds; refined in {r['passes']} passes over at most {r['tokens']:,} "
+        f"distinct tokens (5 % of the proxy's {r['trained_on']:,}; the calibration tokens are "
+        "among them):",
+        "",
+        "| parent (dense) | compressed | refined | recovered (each seed) | nats left |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    chosen = [x for x in r["rows"] if x["split"] == "report"]
+    for name in dict.fromkeys(x["parent"] for x in chosen):
+        mine = [x for x in chosen if x["parent"] == name]
+        mean = {k: sum(x[k] for x in mine) / len(mine)
+                for k in ("dense", "compressed", "refined", "recovered", "left")}  # fmt: skip
+        seeds = ", ".join(f"{x['recovered']:.0%}" for x in mine)
+        lines.append(
+            f"| {name} ({mean['dense']:.4f}) | {mean['compressed']:.4f} | {mean['refined']:.4f} | "
+            f"{mean['recovered']:.0%} ({seeds}) | {mean['left']:.4f} |"
+        )
+    varied = [x for x in r["rows"] if x["split"] == "choose"]
+    lines += [
+        "",
+        f"Ways compared on the choose split ({varied[0]['parent']}, seed 0, the same tokens):",
+        "",
+        "| way | recovered | nats left | seconds |",
+        "|---|---:|---:|---:|",
+    ]
+    for x in sorted(varied, key=lambda x: x["recovered"]):
+        lines.append(
+            f"| {x['variant']} | {x['recovered']:.0%} | {x['left']:.4f} | "
+            f"{x['seconds']['refine']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def shared_tables() -> str:
+    """Vocabulary tables in common against tables of their own."""
+    r = json.loads((RESULTS / "shared_tables.json").read_text())
+    lines = [
+        f"Nats per token above the dense parents, mean of the four, seeds {r['seeds']}, "
+        f"{r['tokens']['scored']:,} report tokens:",
+        "",
+        "| kept share of the tables | own (rank) | in common (rank) |",
+        "|---:|---:|---:|",
+    ]
+    for share in sorted({x["share"] for x in r["rows"]}, reverse=True):
+        cells = []
+        for how in ("own", "common"):
+            mine = [x for x in r["rows"] if x["share"] == share and x["how"] == how]
+            mean = sum(x["report"]["mean"] for x in mine) / len(mine)
+            cells.append(f"{mean:.4f} ({mine[0]['rank']})")
+        lines.append(f"| {share} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def delphi() -> str:
+    """What the recipe and the fits reproduce, and the forecasts."""
+    r = json.loads((RESULTS / "delphi.json").read_text())
+    left = r["top_two_from_five"]
+    c, cp = r["chinchilla"]["huber"], r["chinchilla"]["published"]
+    names = ("E", "A", "B", "alpha", "beta")
+    fit, law = ({k: f"{x[k]:.4g}" for k in names} for x in (c, cp))
+    lines = [
+        f"From the published grid (`{r['command']}`): {r['grid']['same']} of 78 candidates exact, "
+        f"hyper-parameters within {r['recipe']['rates_error']:.0e}, optima within "
+        f"{r['optima_error']:.0e}. The two largest budgets from the five below them: "
+        + ", ".join(f"{x['error']:+.2%}" for x in left)
+        + ". Chinchilla's points: "
+        + ", ".join(f"{k} {fit[k]} ({law[k]})" for k in names)
+        + " (published re-analysis).",
+        "",
+        "| FLOPs | forecast loss, nats | 95 % interval | width | batch | tokens |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for x in r["forecasts"]:
+        low, high = x["interval"]
+        run = x["config"]
+        lines.append(
+            f"| {x['flops']:.0e} | {x['loss']:.4f} | {low:.4f} to {high:.4f} | {run['hidden']:,} | "
+            f"{run['batch_size']:,} | {run['tokens']:.3g} |"
+        )
+    return "\n".join(lines)
+
+
+def compress_memory() -> str:
+    """Peak memory of `delve compress` on real shapes."""
+    r = json.loads((RESULTS / "compress_memory.json").read_text())
+    lines = [
+        "| parent | layers run | calibration tokens | peak RSS | bar | seconds |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for x in r["rows"]:
+        lines.append(
+            f"| {x['row']} | {x['layers_run']} of {x['layers']} | {x['tokens']:,} | "
+            f"{x['peak_rss'] / 2**30:.2f} GiB | {x['bar'] / 2**30:.0f} GiB | {x['seconds']:,.0f} "
+            f"(load {x['load']:.0f}) |"
+        )
+    return "\n".join(lines)
+
+
+BLOCKS = (
+    quickstart, proxies, interruption, sharding, training, optimisers, compression, shared_tables,
+    compress_memory, delphi,
+)  # fmt: skip
 
 
 def main(argv=None) -> int:

@@ -21,6 +21,8 @@ def make(kind: str, dtype=torch.float32):
     mamba = dict(vocab_size=40, hidden_size=16, num_hidden_layers=3, state_size=4)
     neox = dict(vocab_size=40, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
                 intermediate_size=24)  # fmt: skip
+    qwen = dict(vocab_size=40, hidden_size=16, num_hidden_layers=3, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=6, intermediate_size=24)  # fmt: skip
     model = {
         "mamba": lambda: t.MambaForCausalLM(t.MambaConfig(**mamba)),
         "mamba-untied": lambda: t.MambaForCausalLM(
@@ -34,6 +36,13 @@ def make(kind: str, dtype=torch.float32):
             t.GPTNeoXConfig(**neox, use_parallel_residual=False, attention_bias=False,
                             rope_parameters={"rope_type": "default", "rope_theta": 500.0,
                                              "partial_rotary_factor": 1.0})),
+        "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**qwen, tie_word_embeddings=False)),
+        "qwen3-tied-llama3": lambda: t.Qwen3ForCausalLM(
+            t.Qwen3Config(**qwen, tie_word_embeddings=True, rms_norm_eps=1e-5,
+                          rope_parameters={"rope_type": "llama3", "rope_theta": 500.0,
+                                           "factor": 8.0, "low_freq_factor": 1.0,
+                                           "high_freq_factor": 4.0,
+                                           "original_max_position_embeddings": 64})),
     }[kind]()  # fmt: skip
     with torch.no_grad():
         for p in model.parameters():  # biases and gains away from 0 and 1
@@ -109,7 +118,8 @@ def build(root: Path) -> dict[str, Path]:
         make(kind, dtype).save_pretrained(root / name, **kwargs)
         out[name] = root / name
 
-    for kind in ("mamba", "mamba-untied", "rwkv", "neox", "neox-sequential"):
+    plain = ("mamba", "mamba-untied", "rwkv", "neox", "neox-sequential", "qwen3")
+    for kind in (*plain, "qwen3-tied-llama3"):
         hf(kind, kind)
     for kind in ("mamba", "rwkv", "neox"):
         hf(f"{kind}-shards-bf16", kind, torch.bfloat16, max_shard_size="6KB")

@@ -2,15 +2,19 @@
 
 import dataclasses
 import itertools
+import json
 import math
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from delve_jax import models
-from delve_jax.compress import knapsack, plan_for
+from delve_jax import models, parents, road
+from delve_jax.compress import compress, curves, knapsack, plan_for
 from delve_jax.compress.allocate import TABLE_SHARE, Map, allocate, parent_maps, rank_grid
 from delve_jax.compress.knapsack import Allocation, Item, Kind, Option, choose
+from delve_jax.compress.spectra import InMemory, Spectra, recipe
 from delve_jax.config import DelveError, MambaConfig, NeoxConfig, RwkvConfig
 
 V = 50_277
@@ -295,3 +299,68 @@ def test_rank_grid_is_aligned_and_cheaper_than_dense():
         assert grid[-1] * sum(shape) < math.prod(shape) <= (grid[-1] + step) * sum(shape)
     assert rank_grid(128, 128, 1) == tuple(range(64))
     assert rank_grid(6, 6) == (0, 2) and rank_grid(1, 9) == (0,)
+
+
+# --- from a parent's own spectra ------------------------------------------------------------------
+
+TINY = RwkvConfig(61, 61, 24, 2, d_att=32, d_ffn=96)
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "weights"
+TRAINED = SHARED / "tiny-rwkv-4v0-660K.pth"
+
+
+def noisy(cfg):
+    """Random parameters large enough that activations and logits vary, and calibration windows."""
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda a: np.array(a + 0.1 * rng.normal(size=a.shape), np.float32),
+        models.init_params(cfg, jax.random.key(0)),
+    )
+    return params, (rng.beta(0.4, 2.0, (24, 16)) * cfg.vocab_size).astype(np.int32)
+
+
+def assert_ffn_gets_nothing(cfg, params, tokens):
+    new, _, report = compress(cfg, params, tokens, keep=0.3, progress=False)
+    ranks = dict(new.ranks)
+    assert models.count(new) == report.plan.parameters <= 0.3 * models.count(cfg)
+    assert not any(ranks["ffn/receptance"])
+    if new.neurons:
+        assert not any(new.neurons)
+    else:
+        assert not any(ranks["ffn/key"]) and not any(ranks["ffn/value"])
+    assert any(ranks["att/value"])
+    return report
+
+
+def test_an_ffn_that_does_nothing_gets_nothing():
+    """As in the trained RWKV-4 below, whose FFNs write 3e-7 of what others do."""
+    params, tokens = noisy(TINY)
+    params["layers"]["ffn"]["value"]["kernel"] *= 3e-7
+    assert_ffn_gets_nothing(TINY, params, tokens)
+
+
+@pytest.mark.skipif(not TRAINED.exists(), reason=f"{TRAINED} is not there")
+def test_the_trained_rwkv_spends_nothing_on_its_ffn():
+    cfg, params, tokenizer = parents.load(TRAINED, dtype="float32")
+    text = Path(json.__file__).with_name("decoder.py").read_text()
+    tokens = road.calibration_windows(cfg, tokenizer, [text], 2048)
+    report = assert_ffn_gets_nothing(cfg, params, tokens)
+    assert report.measured["kl"] < 0.01
+
+
+def test_stored_spectra_give_nested_ranks(tmp_path):
+    """Spectra, curves and modes once; then any budgets, the larger with ranks at least as large."""
+    cfg = NeoxConfig(61, 61, 24, 2, n_heads=4, d_ffn=96)
+    params, tokens = noisy(cfg)
+    body, tables, total = parent_maps(cfg)
+    stored = Spectra(InMemory(cfg, params), body, tables, tokens, tmp_path, recipe("delve"), {},
+                     progress=False)  # fmt: skip
+    kinds = curves.kinds(stored, [*tables, *body], {m.name: (1.5, 1.1) for m in [*tables, *body]})
+    fixed = total - sum(i.options[0].cost for k in kinds for i in curves.dense(k))
+    factored = {k.name: "factored" for k in kinds}
+    outs = [
+        choose(kinds, fixed, math.floor(keep * total), factored, nested=True)
+        for keep in (0.2, 0.3, 0.4, 0.5, 0.6)
+    ]
+    for small, large in itertools.pairwise(outs):
+        assert all(large.sizes[at] >= size for at, size in small.sizes.items())
+        assert large.parameters > small.parameters and large.error < small.error

@@ -1,22 +1,30 @@
 """The published baselines against explicit formulations of their definitions."""
 
 import itertools
+import sys
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from delve_jax import models
+from delve_jax.compress import plan_for
 from delve_jax.compress.baselines import (
     SHIFT,
     STRS_RATIOS,
     asvd,
     cholesky,
     modegpt,
-    modegpt_sparsity,
     rank_at,
     strs,
     svd_llm,
 )
 from delve_jax.compress.factorize import factor, svd
+from delve_jax.config import DelveError, MambaConfig, NeoxConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
+import rivals  # noqa: E402
 
 SHAPES = [(48, 20), (20, 48), (32, 32)]
 
@@ -247,11 +255,37 @@ def test_modegpt_with_dead_and_twin_neurons():
     assert not modegpt(np.zeros((40, 40)), w, 10).down_kO.any()  # nothing acts, nothing is kept
 
 
-def test_modegpt_sparsity():
-    influence = np.array([0.9, 0.2, 0.1, 0.4])
-    out = modegpt_sparsity(influence, 0.2, smoothing=0.5)
-    weight = np.exp(-influence / 0.5)
-    np.testing.assert_allclose(out, 4 * 0.2 * weight / weight.sum())
-    full = modegpt_sparsity(influence, 0.6, smoothing=0.05)  # the formula asks for more than 1
-    np.testing.assert_allclose(full.mean(), 0.6, atol=1e-9)
-    assert full.max() < 1 and (np.argsort(full) == np.argsort(-influence)).all()
+# ---- as the study runs them ----------------------------------------------------------------------
+
+SMALL = {"vocab_size": 61, "vocab_rows": 61, "d_model": 24, "n_layers": 2}
+NEOX = NeoxConfig(**SMALL, n_heads=4, d_ffn=96)
+TOKENS = (np.random.default_rng(0).beta(0.4, 2.0, (12, 16)) * 61).astype(np.int32)
+
+
+@pytest.mark.parametrize("rival", rivals.RIVALS)
+def test_rivals_meet_the_counted_budget(rival, randomised, tmp_path, monkeypatch):
+    monkeypatch.setattr(rivals, "SHARES", (0.1, 0.5))
+    params, budget = randomised(NEOX, 0), int(0.4 * models.count(NEOX))
+    cfg, small, row = rivals.counted(rival, NEOX, params, TOKENS, 0.4, tmp_path)
+    assert budget - 24 - 96 < row["parameters"] <= budget  # less than a rank short of it
+    assert row["bytes"] == 4 * row["parameters"]
+    shapes = jax.tree.map(lambda a: a.shape, models.abstract_params(cfg))
+    assert jax.tree.map(lambda a: a.shape, small) == shapes
+    if rival == "modegpt":
+        keep = int(plan_for(NEOX, keep=0.4)[0].rho * NEOX.d_ffn)
+        assert cfg.neurons == (keep, keep) and "att/qkv" in dict(cfg.ranks)
+        assert np.isfinite(models.forward(cfg, small, TOKENS)[0]).all()
+        return
+    spent = sum(a.size for a in jax.tree.leaves(small))  # multiplied out: by hand from the ranks
+    for name in ("embed", "head", *models.FAMILY["neox"].FACTORABLE):
+        kernel = np.asarray(models.leaf_of(small, name)["kernel"])
+        for w in kernel if kernel.ndim == 3 else [kernel]:
+            if (rank := np.linalg.matrix_rank(w, tol=1e-4)) < min(w.shape):
+                spent += rank * sum(w.shape) - w.size
+    assert spent == row["parameters"]
+
+
+def test_modegpt_says_that_a_parent_has_no_mlp(tmp_path):
+    cfg = MambaConfig(**SMALL, d_inner=48, dt_rank=2)
+    with pytest.raises(DelveError, match="no MLP"):
+        rivals.counted("modegpt", cfg, {}, TOKENS, 0.5, tmp_path)

@@ -327,3 +327,22 @@ def test_a_failed_state_costs_only_itself(tmp_path):
     assert lines[0].startswith(f"REFUSED {tmp_path / 'state'}: cannot be written")
     assert lines[1:] == ["['00000001']", "[1, 3] 3.0"]
     assert "Traceback" not in done.stderr
+
+
+# ---- one layer at a time -------------------------------------------------------------------------
+
+
+def test_a_layer_is_a_chunk_of_a_large_stack(tmp_path, params, monkeypatch):
+    """Also on old checkpoints nothing wrong is read: they are refused as sources of layers."""
+    checkpoint.save(tmp_path / "old", CFG, params)  # nothing here is larger than 64 MiB
+    largest = max(x.nbytes for x in jax.tree.leaves(params["layers"]))
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", largest - 4)
+    assert checkpoint.layerwise(tmp_path / "old") is None
+    checkpoint.save(tmp_path / "new", CFG, params)
+    arrays = checkpoint.layerwise(tmp_path / "new")
+    chunks = {name: a.chunk_layout.read_chunk.shape for name, a in arrays.items()}
+    assert any(shape[0] == 1 < CFG.n_layers for shape in chunks.values() if len(shape) == 3)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        array = arrays[jax.tree_util.keystr(path, simple=True, separator="/")]
+        np.testing.assert_array_equal(array[1:2].read().result(), leaf[1:2])
+    assert same(checkpoint.restore(tmp_path / "new")[1], params)

@@ -16,6 +16,7 @@ import pytest
 from delve_jax import config, models
 from delve_jax.config import DelveConfig, DelveError, MambaConfig, NeoxConfig, RwkvConfig
 from delve_jax.models import delve
+from delve_jax.train import objective
 
 V, T = 40, 12
 both = {"vocab_size": V, "vocab_rows": V}
@@ -44,12 +45,21 @@ def fused(*streams, latents, S):
     return cfg
 
 
+def with_codes(cfg, rank=9):
+    """The same with common vocabulary tables of this rank."""
+    ranks = (("embed", (rank,)), ("head", (rank,)))
+    streams = tuple((n, dataclasses.replace(sub, ranks=ranks)) for n, sub in cfg.streams)
+    return dataclasses.replace(cfg, streams=streams, codes=("embed", "head"))
+
+
 # name: depths, then J; 5/3 has no common divisor: superblocks of 2, 1, 2 and 1, 1, 1 layers
 SETS = {
     "6/3/3 J=K": fused(mamba(6), rwkv(3), neox(3), latents=3, S=3),
     "6/4 J=1": fused(mamba(6), neox(4, parallel_residual=False), latents=1, S=2),
     "48/24/24 J=1": fused(mamba(48, 8), rwkv(24, 12), neox(24, 16), latents=1, S=8),
     "5/3 J=K": fused(rwkv(5), neox(3, rotary_pct=1.0), latents=2, S=3),
+    "codes J=1": with_codes(fused(mamba(4), rwkv(2), neox(2), latents=1, S=2)),
+    "codes J=K": with_codes(fused(rwkv(2), neox(2), latents=2, S=2)),
 }
 SCANNED, UNEVEN = SETS["6/3/3 J=K"], SETS["5/3 J=K"]
 
@@ -72,7 +82,7 @@ def at_step_0(cfg, randomised):
     """Random parents and random static weights; hub and gate as fusion makes them."""
     params = randomised(cfg, 5)
     joints = jax.jit(functools.partial(delve.init_joints, cfg))(jax.random.key(6))
-    return {**joints, "pool": params["pool"], "streams": params["streams"]}
+    return {**params, **joints, "pool": params["pool"]}
 
 
 def f64(x):
@@ -103,7 +113,7 @@ def log_p(cfg, out):
 def test_step_0_is_the_pool_of_the_parents(name, randomised, record_property):
     cfg, tokens = SETS[name], text()
     params = at_step_0(cfg, randomised)
-    parts = [jitted(sub)(params["streams"][n], tokens)[0] for n, sub in cfg.streams]
+    parts = [jitted(sub)(delve.whole(cfg, params)[n], tokens)[0] for n, sub in cfg.streams]
     assert min(float(ell.std()) for ell in parts) > 2
     want = pooled(cfg, params["pool"], parts)
     got = log_p(cfg, jitted(cfg)(params, tokens)[0])
@@ -118,7 +128,7 @@ def rms(x):
 
 def layer_by_layer(cfg, params, tokens):
     """log p with hub and gate at work, in a Python loop over superblocks, streams and layers."""
-    S, streams, hub = cfg.n_superblocks, params["streams"], params["hub"]
+    S, streams, hub = cfg.n_superblocks, delve.whole(cfg, params), params["hub"]
     h = {n: models.embed_tokens(sub, streams[n], tokens) for n, sub in cfg.streams}
     for s in range(S):
         if s:  # before every superblock but the first
@@ -142,7 +152,7 @@ def layer_by_layer(cfg, params, tokens):
     return pooled(cfg, params["pool"], logits, (x / (1 + np.exp(-x))) @ gate["w2"])
 
 
-@pytest.mark.parametrize("name", ["6/3/3 J=K", "6/4 J=1", "5/3 J=K"])
+@pytest.mark.parametrize("name", ["6/3/3 J=K", "6/4 J=1", "5/3 J=K", "codes J=1"])
 def test_hub_and_gate_at_work_equal_the_layer_by_layer_sum(name, randomised):
     """Both paths: superblocks scanned (6/3/3, 6/4), and of unequal lengths one by one (5/3)."""
     cfg, tokens = SETS[name], text()
@@ -328,3 +338,38 @@ def test_configs_go_through_json_and_bad_ones_are_named():
     ):  # fmt: skip
         with pytest.raises(DelveError, match=f"x.json.*{field}"):
             config.from_json(data, "x.json")
+
+
+def test_common_codes_are_counted_once_and_come_apart_as_they_went_together(randomised):
+    cfg = SETS["codes J=1"]
+    params = randomised(cfg, 3)
+    streams = delve.whole(cfg, params)
+    jax.tree.map(
+        np.testing.assert_array_equal, delve.apart(cfg, streams),
+        {k: params[k] for k in ("streams", "codes")},
+    )  # fmt: skip
+    assert models.count(cfg) == sum(a.size for a in jax.tree.leaves(params))
+    alone = sum(models.count(sub) for _, sub in cfg.streams)
+    joints = sum(a.size for k in ("pool", "hub", "gate") for a in jax.tree.leaves(params[k]))
+    assert alone + joints - models.count(cfg) == 2 * 2 * 9 * V  # two streams have no long factors
+
+
+def test_training_reads_common_codes_chunk_by_chunk_as_whole_logits_do(randomised):
+    """The head that a loss differentiates holds the codes: its gradient is that of the model."""
+    cfg = SETS["codes J=1"]
+    params = randomised(cfg, 4)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, V, (2, T + 1)), jnp.int32)
+    run = objective.language_model(cfg)
+
+    def plain(params):
+        logits, _ = models.forward(cfg, params, tokens[:, :-1])
+        return objective.cross_entropy(logits, tokens[:, 1:]).mean()
+
+    want, want_grad = jax.value_and_grad(plain)(params)
+    (got, _), grad = jax.value_and_grad(run, has_aux=True)(params, (), tokens)
+    assert float(got) == pytest.approx(float(want), rel=1e-5)
+    assert np.abs(grad["codes"]["head"]["u"]).max() > 0
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * (1 + np.abs(b).max())),
+        grad, want_grad,
+    )  # fmt: skip

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from delve_jax import checkpoint, models, parallel
+from delve_jax import checkpoint, models, parallel, parents
 from delve_jax.config import DelveConfig, DelveError, MambaConfig, NeoxConfig, RwkvConfig
 from delve_jax.parents import export
 
@@ -70,6 +70,13 @@ def two():
     return DelveConfig(streams, n_superblocks=2, latents=2, **joints())
 
 
+def common(latents):
+    """Three streams whose vocabulary tables have their long factors in common."""
+    ranks = (("embed", (9,)), ("head", (11,)))
+    streams = (("a", mamba(ranks=ranks)), ("b", rwkv(ranks=ranks)), ("c", neox(ranks=ranks)))
+    return DelveConfig(streams, 3, latents, codes=("embed", "head"), **joints())
+
+
 def random_params(cfg, seed=0):
     """Random weights in which nothing is zero or trivial but the padding beyond true ranks."""
     rng = np.random.default_rng(seed)
@@ -92,9 +99,19 @@ def random_params(cfg, seed=0):
             leaf = tree if map_name in ("embed", "head") else tree["layers"]
             for part in map_name.split("/"):
                 leaf = leaf[part]
-            for layer, rank in enumerate(ranks) if leaf["v"].ndim == 3 else ():
+            stacked = map_name not in ("embed", "head")
+            for layer, rank in enumerate(ranks) if stacked else ():
                 leaf["v"][layer, :, rank:] = 0
                 leaf["u"][layer, rank:] = 0
+        mlp = models.FAMILY[sub.family].MLP if sub.neurons else ()
+        for map_name in mlp:
+            for key, array in models.leaf_of(tree, map_name).items():
+                reads = map_name == mlp[-1]
+                for layer, width in enumerate(sub.neurons):
+                    if reads and key in ("kernel", "v"):
+                        array[layer, width:] = 0
+                    elif not reads and key in ("kernel", "u", "bias"):
+                        array[layer, ..., width:] = 0
     return params
 
 
@@ -428,3 +445,55 @@ def test_dense_layout_is_the_product_of_the_factors(case):
     kernel = dense["streams"][name]["layers"]["out_proj"]["kernel"]
     np.testing.assert_allclose(kernel, factors["v"] @ factors["u"], atol=1e-5)
     assert dataclasses.replace(dense_cfg, streams=cfg.streams) == cfg
+
+
+@pytest.mark.parametrize("latents,layout", [(1, "factored"), (3, "factored"), (1, "dense")])
+def test_common_codes_leave_and_come_back(tmp_path, latents, layout):
+    """The export has the logits of the JAX model; a factored one comes back bit for bit."""
+    case = make(tmp_path, common(latents), layout, 4)
+    assert case["facts"]["verified"]
+    assert case["facts"]["max_abs_diff"] <= 1e-4 * case["facts"]["max_abs_logit"]
+    shared = layout == "factored"
+    assert hasattr(case["torch"], "codes") == shared
+    if not shared:
+        return
+    stored = sum(tensor.numel() for tensor in case["torch"].state_dict().values())
+    assert stored == models.count(case["cfg"])
+    cfg, params, _ = export.read_exported_delve(tmp_path / "hf")
+    assert cfg == case["cfg"]
+    jax.tree.map(np.testing.assert_array_equal, params, case["params"])
+
+
+PRUNED = {
+    "neox": NeoxConfig(V, V, 24, 3, context_length=128, n_heads=2, d_ffn=31, neurons=(20, 0, 31)),
+    "rwkv": RwkvConfig(V, V, 32, 2, context_length=128, d_att=40, d_ffn=33, neurons=(33, 9),
+                       ranks=(("ffn/key", (5, 7)), ("ffn/receptance", (0, 3)))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", PRUNED)
+def test_a_pruned_parent_leaves_padded_as_a_stock_directory(tmp_path, family):
+    cfg = PRUNED[family]
+    checkpoint.save(tmp_path / "c", cfg, random_params(cfg), tiny_tokenizer())
+    facts = export.export_hf(tmp_path / "c", tmp_path / "hf")
+    assert facts["verified"] and facts["model_type"] in ("gpt_neox", "rwkv")
+    padded = dataclasses.replace(cfg, ranks=(), neurons=())
+    assert facts["parameters"] == models.count(padded) > models.count(cfg)
+    back, params, _ = parents.load(tmp_path / "hf")
+    assert (back.d_ffn, back.neurons) == (cfg.d_ffn, ())
+    assert ", ".join(map(str, cfg.neurons)) in (tmp_path / "hf" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("layout", ["factored", "dense"])
+def test_a_delve_of_pruned_parents_leaves_at_its_true_widths(tmp_path, layout):
+    cfg = DelveConfig(tuple(PRUNED.items()), n_superblocks=2, latents=1, **joints())
+    case = make(tmp_path, cfg, layout, 2)
+    assert case["facts"]["verified"]
+    assert case["facts"]["max_abs_diff"] <= 1e-4 * case["facts"]["max_abs_logit"]
+    stored = sum(tensor.numel() for tensor in case["torch"].state_dict().values())
+    back, params, _ = export.read_exported_delve(tmp_path / "hf")
+    assert case["facts"]["parameters"] == stored == models.count(back)
+    assert [sub.neurons for _, sub in back.streams] == [(20, 0, 31), (33, 9)]
+    if layout == "factored":
+        assert back == cfg
+        jax.tree.map(np.testing.assert_array_equal, params, case["params"])

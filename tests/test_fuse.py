@@ -8,6 +8,7 @@ import pytest
 from scipy.optimize import minimize
 
 from delve_jax import DelveError, models
+from delve_jax.compress import codes
 from delve_jax.config import MambaConfig, NeoxConfig, RwkvConfig
 from delve_jax.fuse import _em, fit_weights, fuse, joint_config, joints_count
 from delve_jax.models import delve
@@ -142,3 +143,64 @@ def test_bad_parents(parts):
         joint_config([(n, c), (n, c)])
     with pytest.raises(DelveError, match="latents"):
         joint_config([(n, c), ("r", other[1])], latents=3)
+
+
+# ---- common vocabulary tables --------------------------------------------------------------------
+
+
+def test_common_codes_at_full_rank_are_the_parents(parts, tokens):
+    """Rank sum D loses nothing: the fused model is the pool of the parents, tied ones too."""
+    width = sum(c.d_model for _, c, _ in parts)
+    cfg, params, report = fuse(parts, tokens, codes=width)
+    plain, own, _ = fuse(parts, tokens)
+    assert cfg.codes == ("embed", "head") and not cfg.streams[0][1].tie_embeddings
+    weights = np.asarray(own["pool"]["a"])
+    np.testing.assert_allclose(np.asarray(params["pool"]["a"]), weights, atol=2e-3)
+    params["pool"], same = own["pool"], jax.nn.log_softmax
+    got = same(models.forward(cfg, params, tokens)[0])
+    want = same(models.forward(plain, own, tokens)[0])
+    np.testing.assert_allclose(got, want, atol=2e-4)
+
+
+def test_common_codes_of_twins_cost_the_rank_of_one(parts, tokens):
+    """Parents that know the same words share all directions."""
+    _, cfg, params = parts[2]
+    twins = [("a", cfg, params), ("b", cfg, params)]
+    whole, _, _ = fuse(twins, tokens)
+    fused, small, _ = fuse(twins, tokens, codes=cfg.d_model)
+    d = cfg.d_model  # two tables of V x d less, four factors of d x d more
+    assert models.count(whole) - models.count(fused) == 2 * V * d - 4 * d * d
+    small["pool"] = {"a": np.full(2, 0.5, np.float32)}
+    got = jax.nn.log_softmax(models.forward(fused, small, tokens)[0])
+    want = jax.nn.log_softmax(models.forward(cfg, params, tokens)[0])
+    np.testing.assert_allclose(got, want, atol=2e-4)
+
+
+def test_common_codes_need_text_and_a_rank_that_is_one(parts, tokens):
+    with pytest.raises(DelveError, match="--codes: name text"):
+        fuse(parts, codes=4)
+    for rank in (0, 57):
+        with pytest.raises(DelveError, match="must lie in 1 .. 56"):
+            fuse(parts, tokens, codes=rank)
+
+
+def test_the_metric_of_the_tables_is_the_gradient_of_the_loss(parts, tokens):
+    """Moments of one batch against a gradient by the looked-up rows, labels of the same draw."""
+    _, cfg, params = parts[2]
+    cfg, params = codes.untied(cfg, params)
+    found = codes.measure(cfg, params, tokens[:1, :6], seed=3)
+    f_nD = np.asarray(models.features(cfg, params, tokens[:1, :6])[0], np.float64)[0]
+    np.testing.assert_allclose(found.gram_DD, f_nD.T @ f_nD / 6, rtol=1e-4, atol=1e-5)
+    logits = models.forward(cfg, params, tokens[:1, :6])[0]
+    p_nV = np.asarray(jax.nn.softmax(logits), np.float64)[0]
+    np.testing.assert_allclose(found.predicted_V, p_nV.mean(0), atol=1e-6)
+    label_n = jax.random.categorical(jax.random.key(3 * 2**16), logits[0], axis=-1)
+
+    def nll(shift_nD):
+        rows = params["embed"]["kernel"][tokens[0, :6]] + shift_nD
+        inside = {**params, "embed": {"kernel": rows}}
+        out = models.forward(cfg, inside, np.arange(6)[None])[0][0]
+        return -jax.nn.log_softmax(out)[np.arange(6), label_n].sum()
+
+    g_nD = np.asarray(jax.grad(nll)(np.zeros((6, cfg.d_model), np.float32)), np.float64)
+    np.testing.assert_allclose(found.grad_DD, g_nD.T @ g_nD / 6, rtol=1e-3, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The three parent families against the installed transformers classes, and their own properties.
+"""The parent families against the installed transformers classes, and their own properties.
 
 Bars: |logit difference| <= 1e-4 max|logit|, full length, chunked prefill and single steps alike;
 gradients of the loss within 1e-3 for every tensor. Every weight is random, logits vary by units.
@@ -48,6 +48,16 @@ def gpt_neox(d, L, heads, **more):
     return transformers.GPTNeoXForCausalLM(cfg)
 
 
+def qwen3(d, L, **more):
+    cfg = transformers.Qwen3Config(
+        hidden_size=d, num_hidden_layers=L, head_dim=16, max_position_embeddings=512,
+        **{**COMMON, "pad_token_id": None}, **more,  # torch gives a padding id no gradient
+    )  # fmt: skip
+    return transformers.Qwen3ForCausalLM(cfg)
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
 FULL = {"rope": {"partial_rotary_factor": 1.0}}
 # name: (constructor, T, valid ids)
 VARIANTS = {
@@ -74,6 +84,16 @@ VARIANTS = {
         lambda: gpt_neox(96, 2, 3, use_parallel_residual=False, attention_bias=False, ffn=160,
                          rope={"rope_theta": 500.0}),
         256, V,
+    ),
+    "qwen3-grouped-llama3": (
+        lambda: qwen3(64, 2, num_attention_heads=6, num_key_value_heads=2, intermediate_size=160,
+                      tie_word_embeddings=False, rope_parameters=LLAMA3),
+        256, V - 4,
+    ),
+    "qwen3-tied": (
+        lambda: qwen3(48, 3, num_attention_heads=4, num_key_value_heads=4, intermediate_size=80,
+                      tie_word_embeddings=True),
+        128, V,
     ),
     "neox-512-nobias-full": (lambda: gpt_neox(512, 2, 8, attention_bias=False, **FULL), 64, V),
 }  # fmt: skip
@@ -322,3 +342,19 @@ def test_module_and_free_functions_are_one_model(name, randomised):
     assert logits.shape == (3, 24, cfg.vocab_size) and logits.dtype == jnp.float32
     assert state is None
     assert difference(logits, np.asarray(jitted(cfg)(params, tokens)[0])) <= 1e-5
+
+
+def test_random_factors_are_zero_beyond_the_rank_of_their_layer():
+    cfg = NeoxConfig(
+        vocab_size=V, vocab_rows=V, d_model=16, n_layers=3, n_heads=2, d_ffn=24,
+        ranks=(("mlp/up", (2, 5, 3)), ("embed", (4,))),
+    )  # fmt: skip
+    params = models.init_params(cfg, jax.random.key(0))
+    leaf = params["layers"]["mlp"]["up"]
+    for layer, rank in enumerate((2, 5, 3)):
+        assert (
+            np.abs(leaf["v"][layer, :, :rank]).min() > 0 == np.abs(leaf["v"][layer, :, rank:]).sum()
+        )
+        assert np.abs(leaf["u"][layer, :rank]).min() > 0 == np.abs(leaf["u"][layer, rank:]).sum()
+    stored = sum(int(np.count_nonzero(a)) for a in (leaf["v"], leaf["u"]))
+    assert stored == (2 + 5 + 3) * (16 + 24)

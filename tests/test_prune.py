@@ -1,16 +1,18 @@
 """Neuron pruning: the stated loss is the least-squares loss, and pruned stacks run as they say."""
 
 import dataclasses
+import json
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from delve_jax import models
-from delve_jax.compress import prune
-from delve_jax.compress.prune import Pruning
+from delve_jax import models, plan
+from delve_jax.compress import compress, curves, moments, prune
+from delve_jax.compress.prune import ordered
 from delve_jax.config import (
     DelveError,
     MambaConfig,
@@ -20,6 +22,9 @@ from delve_jax.config import (
     from_json,
     to_json,
 )
+from delve_jax.fuse import fuse, joints_count
+from delve_jax.parents import stock
+from delve_jax.train.run import Settings
 
 F, OUT, N = 40, 12, 300
 SMALL = {"vocab_size": 40, "vocab_rows": 40, "d_model": 16, "n_layers": 2}
@@ -59,13 +64,13 @@ def test_stated_loss_is_the_explicit_least_squares_loss(case):
     g = np.random.default_rng(2).normal(size=(50, OUT)) if case == "metric" else None
     grad = None if g is None else g.T @ g / 50
     centred = case == "centred"
-    p = Pruning(h.T @ h / N, w, mean_F=h.mean(0) if centred else None, grad_OO=grad)
+    p = ordered(h.T @ h / N, w, mean_F=h.mean(0) if centred else None, grad_OO=grad, damping=0.0)
     total = least_squares(h, w, [], grad, centred)
     losses = p.errors(range(F + 1))
     assert losses[0] == pytest.approx(total) and losses[F] == 0
     assert (np.diff(losses) <= 0).all()
     for k in (1, 5, 11, 20, 31, F - 1, F):
-        kept_K, down_KO, shift_O = p.repaired(k)
+        kept_K, down_KO, shift_O = p.repaired(k, w)
         assert (np.diff(kept_K) > 0).all() and set(kept_K) == set(p.order_F[:k])
         expected = least_squares(h, w, kept_K, grad, centred)
         assert abs(losses[k] - expected) <= 1e-9 * total
@@ -79,18 +84,20 @@ def test_stated_loss_is_the_explicit_least_squares_loss(case):
 
 def test_neurons_that_add_nothing_come_last():
     h, w = hidden(3, dead=6, twins=5)
-    p = Pruning(h.T @ h / N, w)
+    p = ordered(h.T @ h / N, w)
     assert set(range(6)) <= set(p.order_F[-11:])  # the dead, and one of each pair of twins
     assert p.errors(F - 11) <= 1e-12 * p.errors(0)
-    silent = Pruning(h.T @ h / N, np.zeros_like(w))
-    assert not silent.errors(range(F + 1)).any() and not silent.repaired(0)[1].size
+    silent = ordered(h.T @ h / N, np.zeros_like(w))
+    assert (
+        not silent.errors(range(F + 1)).any() and not silent.repaired(0, np.zeros_like(w))[1].size
+    )
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_loses_less_than_pruning_by_magnitude(seed):
     h, w = hidden(seed)
     gram = h.T @ h / N
-    p = Pruning(gram, w)
+    p = ordered(gram, w)
     by_size = np.argsort(-np.diag(gram) * (w * w).sum(1))
     for k in (10, 20, 30):
         repaired = least_squares(h, w, by_size[:k])
@@ -105,16 +112,16 @@ def test_picking_in_blocks_is_close_to_picking_one_at_a_time(monkeypatch):
     rng = np.random.default_rng(5)
     h = np.maximum(rng.normal(size=(900, 60)) @ rng.normal(size=(60, 256)) + 1, 0)
     w = rng.normal(size=(256, OUT))
-    blocks = Pruning(h.T @ h, w)  # 4 at once
+    blocks = ordered(h.T @ h, w)  # 4 at once
     monkeypatch.setattr(prune, "BLOCKS", 256)
-    single = Pruning(h.T @ h, w)
+    single = ordered(h.T @ h, w)
     ratio = blocks.errors([32, 64, 128, 192]) / single.errors([32, 64, 128, 192])
     assert ratio.mean() < 1.02 and ratio.max() < 1.05
 
 
 def test_order_is_the_same_every_time():
     h, w = hidden(6, twins=4)
-    assert np.array_equal(Pruning(h.T @ h, w).order_F, Pruning(h.T @ h, w).order_F)
+    assert np.array_equal(ordered(h.T @ h, w).order_F, ordered(h.T @ h, w).order_F)
 
 
 def repaired_by_hand(params, cfg, sizes, seed=0):
@@ -198,7 +205,8 @@ def test_repair_of_a_real_mlp_keeps_its_output(randomised):
         h_NF = jax.nn.gelu(models.linear(p["mlp"]["up"], h_ND), approximate=False)
         h_NF = np.asarray(h_NF, np.float64)
         gram = h_NF.T @ h_NF / len(h_NF)
-        fits.append(Pruning(gram, p["mlp"]["down"]["kernel"], mean_F=h_NF.mean(0)).repaired(14))
+        down = p["mlp"]["down"]["kernel"]
+        fits.append(ordered(gram, down, mean_F=h_NF.mean(0)).repaired(14, down))
         x_BTD = models.block_apply(cfg, p, x_BTD)
     small_cfg, small = prune.apply(cfg, params, fits)
     assert small_cfg.neurons == (14, 14) and models.count(small_cfg) < models.count(cfg)
@@ -245,3 +253,117 @@ def test_families_name_their_mlp():
             assert name in module.FACTORABLE
             axis = -2 if name == module.MLP[-1] else -1
             assert models.leaf_of(tree, name)["kernel"].shape[axis] == F
+
+
+# --- as a candidate of the allocator -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def repetitive(randomised, tmp_path_factory):
+    """(cfg, params, tokens, folder): all but 12 of its 40 neurons repeat those 12."""
+    cfg = PARENTS["rwkv"]
+    params = randomised(cfg, 4)
+    key = params["layers"]["ffn"]["key"]["kernel"]
+    params["layers"]["ffn"]["key"]["kernel"] = key[..., np.arange(F) % 12]
+    tokens = np.random.default_rng(0).integers(0, 40, (24, 16)).astype(np.int32)
+    return cfg, params, tokens, tmp_path_factory.mktemp("repetitive")
+
+
+def spared(cfg, neurons):
+    """A budget that is met by these neurons alone, everything else dense."""
+    return models.count(cfg) - sum(F - k for k in neurons) * prune.per_neuron(cfg)
+
+
+def test_pruning_wins_where_neurons_repeat_each_other(repetitive):
+    """No rank below 16 is exact here, 12 neurons are; ranks alone would lose much more."""
+    cfg, params, tokens, folder = repetitive
+    budget = spared(cfg, (12, 12))
+    new, small, report = compress(
+        cfg, params, tokens, budget=budget, work=folder / "both", progress=False
+    )
+    assert new.neurons == report.plan.neurons == (12, 12) and not new.ranks
+    assert models.count(new) == report.plan.parameters == budget
+    assert report.measured["kl"] < 1e-6 and report.bound <= report.expected < 1e-6
+    np.testing.assert_allclose(
+        models.forward(new, small, tokens)[0], models.forward(cfg, params, tokens)[0], atol=2e-3
+    )
+    facts = json.loads(json.dumps(report.to_json()))
+    assert facts["neurons"] == [12, 12] and not facts["maps"]
+    *_, alone = compress(cfg, params, tokens, budget=budget, pruning=False, progress=False)
+    assert not alone.plan.neurons and alone.measured["kl"] > 100 * report.measured["kl"]
+
+
+def test_one_folder_serves_every_budget_without_another_sweep(repetitive, monkeypatch):
+    cfg, params, tokens, folder = repetitive
+    fresh = compress(cfg, params, tokens, keep=0.5, progress=False)
+    compress(cfg, params, tokens, budget=spared(cfg, (12, 12)), work=folder / "both",
+             progress=False)  # fmt: skip
+    for pass_ in ("boundaries", "head", "layer", "embed_grad"):
+        monkeypatch.setattr(moments.Sweep, pass_, None)
+    monkeypatch.setattr(curves, "measure", None)
+    kept = []
+    for keep in (0.8, 0.5, 0.3):
+        again = compress(cfg, params, tokens, keep=keep, work=folder / "both", progress=False)
+        assert models.count(again[0]) <= keep * models.count(cfg)
+        kept.append(sum(again[0].neurons) if again[0].neurons else 2 * F)
+        if keep == 0.5:
+            assert again[0] == fresh[0]
+            jax.tree.map(np.testing.assert_array_equal, again[1], fresh[1])
+    assert kept == sorted(kept, reverse=True) and kept[-1] < 2 * F
+    with pytest.raises(DelveError, match="another parent, text or method"):
+        compress(cfg, params, tokens, keep=0.5, pruning=False, work=folder / "both", progress=False)
+
+
+def test_candidates_are_the_mlps_whose_gram_is_affordable():
+    wide = dataclasses.replace(PARENTS["neox"], d_ffn=prune.WIDEST + 1)
+    assert prune.candidate(PARENTS["qwen3"]) == ("mlp/gate", "mlp/up", "mlp/down")
+    assert prune.candidate(wide) == prune.candidate(MambaConfig(**SMALL, d_inner=32)) == ()
+
+
+# --- a pruned parent everywhere else -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamh"])
+def test_training_leaves_the_padding_zero(optimizer, randomised):
+    """Where nothing acts there is no gradient (above), and no optimiser moves it either."""
+    cfg, params = prune.apply(
+        PARENTS["neox"], randomised(PARENTS["neox"], 0),
+        repaired_by_hand(None, PARENTS["neox"], (9, 25)),
+    )  # fmt: skip
+    mlp = {"layers": {"mlp": params["layers"]["mlp"]}}
+    grads = jax.tree.map(lambda a: jnp.sign(a), mlp)
+    step = Settings(tokens=64, optimizer=optimizer, lr=1e-2).make_optimizer(4)
+    new, state = mlp, step.init(mlp)
+    for _ in range(2):
+        change, state = step.update(grads, state, new)
+        new = optax.apply_updates(new, change)
+    for old, moved in zip(jax.tree.leaves(mlp), jax.tree.leaves(new), strict=True):
+        assert not np.asarray(moved)[old == 0].any() and np.asarray(moved != old)[old != 0].all()
+
+
+def test_fused_pruned_parents_are_their_pool(randomised):
+    parts = []
+    for seed, name in enumerate(("neox", "rwkv")):
+        cfg, params = PARENTS[name], randomised(PARENTS[name], seed)
+        parts.append((name, *prune.apply(cfg, params, repaired_by_hand(params, cfg, (0, 25)))))
+    joint, params, _ = fuse(parts)
+    assert models.count(joint) == joints_count(joint) + sum(models.count(c) for _, c, _ in parts)
+    assert from_json(to_json(joint)) == joint
+    tokens = jnp.arange(16).reshape(2, 8)
+    pool = sum(0.5 * models.forward(c, p, tokens)[0] for _, c, p in parts)
+    got = jax.nn.log_softmax(models.forward(joint, params, tokens)[0])
+    np.testing.assert_allclose(got, jax.nn.log_softmax(pool), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", PARENTS)
+def test_plan_counts_the_true_width(family):
+    """Layers of 9 and 25 neurons cost what layers of 17 do; teachers are as wide as the source."""
+    cfg = PARENTS[family]
+    ranks = tuple((name, (3, 3)) for name in models.FAMILY[family].MLP[:1])
+    for more in ((), ranks):
+        pruned = dataclasses.replace(cfg, d_ffn=25, neurons=(9, 25), ranks=more)
+        mean = dataclasses.replace(cfg, d_ffn=17, ranks=more)
+        assert plan.forward_flops(pruned, 8) == plan.forward_flops(mean, 8)
+    assert plan._dense(pruned).d_ffn == 25  # nothing says what it was
+    known = dataclasses.replace(pruned, hf_config=json.dumps(stock.hf_config(cfg, "float32")))
+    assert plan._dense(known) == dataclasses.replace(cfg, hf_config=known.hf_config)

@@ -6,6 +6,8 @@ Bar: |logit difference| <= 1e-5 max|logit|, whole texts, single steps, left padd
 import dataclasses
 import functools
 import math
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ import pytest
 from delve_jax import models
 from delve_jax.config import Qwen3Config, RopeScaling
 from delve_jax.models import qwen3
+from delve_jax.parents.stock import export_stock
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -38,40 +41,14 @@ CASES = {
 
 
 def torch_model(cfg, params):
-    """The transformers model of this config with these weights."""
-    rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
-    if cfg.rope_scaling:
-        s = cfg.rope_scaling
-        rope |= {
-            "rope_type": "llama3", "factor": s.factor, "low_freq_factor": s.low,
-            "high_freq_factor": s.high, "original_max_position_embeddings": s.original,
-        }  # fmt: skip
-    model = transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(
-            vocab_size=V, hidden_size=cfg.d_model, intermediate_size=cfg.d_ffn,
-            num_hidden_layers=cfg.n_layers, num_attention_heads=cfg.n_heads,
-            num_key_value_heads=cfg.n_kv_heads, head_dim=cfg.head_dim, rope_parameters=rope,
-            rms_norm_eps=cfg.norm_eps, tie_word_embeddings=cfg.tie_embeddings,
-            max_position_embeddings=512, attention_bias=False,
+    """The transformers model of this config with these weights, by the converter."""
+    with tempfile.TemporaryDirectory() as folder:
+        export_stock(cfg, params, Path(folder) / "model")
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            Path(folder) / "model", dtype=torch.float32
         )
-    )  # fmt: skip
-    p = jax.tree.map(np.asarray, params)
-    tensors = {"model.embed_tokens.weight": p["embed"]["kernel"]}
-    tensors["model.norm.weight"] = p["norm_f"]["scale"]
-    tensors["lm_head.weight"] = p["head"]["kernel"].T if "head" in p else p["embed"]["kernel"]
-    for i in range(cfg.n_layers):
-        at, layer = f"model.layers.{i}.", jax.tree.map(lambda a, i=i: a[i], p["layers"])
-        tensors[at + "input_layernorm.weight"] = layer["ln1"]["scale"]
-        tensors[at + "post_attention_layernorm.weight"] = layer["ln2"]["scale"]
-        for name in "qkvo":
-            tensors[f"{at}self_attn.{name}_proj.weight"] = layer["att"][name]["kernel"].T
-        for name in ("q_norm", "k_norm"):
-            tensors[f"{at}self_attn.{name}.weight"] = layer["att"][name]["scale"]
-        for name in ("gate", "up", "down"):
-            tensors[f"{at}mlp.{name}_proj.weight"] = layer["mlp"][name]["kernel"].T
-    tensors = {name: torch.tensor(np.ascontiguousarray(a)) for name, a in tensors.items()}
-    model.load_state_dict(tensors, strict=True)
-    return model.float().eval()
+    assert isinstance(model, transformers.Qwen3ForCausalLM)
+    return model.eval()
 
 
 @functools.cache

@@ -8,19 +8,20 @@ on disk, resumable), ranks (`curves` and `knapsack`, or the uniform rule of `all
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
-from .. import VerbModule
+from .. import VerbModule, metrics
 from ..config import DelveError, ParentConfig
-from . import curves, knapsack, moments
+from . import assembly, curves, knapsack, moments, prune
 from .allocate import Map, Plan, allocate, budget_of, parent_maps
-from .spectra import TABLES, InMemory, Spectra, at, recipe
+from .anchor import Anchor
+from .spectra import TABLES, InMemory, Spectra, recipe
 
 # "+allocation": the method's own factors at the ranks that our allocator gives them
 METHODS = ("delve", "svd", "asvd", "svd-llm", "svd-llm+allocation")
@@ -38,6 +39,8 @@ class Report:
     expected: float | None = None  # KL(parent || compressed), nats a token, by the allocator
     bound: float | None = None  # and the least that any allocation in these modes could have
     curves: dict[str, tuple[float, float]] = field(default_factory=dict)  # nats = a tail^b
+    dense: dict[str, tuple[int, int]] = field(default_factory=dict)  # maps that stay so, shapes
+    measured: dict | None = None  # KL as it is, nll of both, nats a token; the tokens it is from
 
     def to_json(self) -> dict:
         """Everything but the spectra (`np.savez(path, **report.spectra)` saves those)."""
@@ -52,6 +55,9 @@ class Report:
             "tables": plan.tables,
             "expected_kl": self.expected,
             "bound_kl": self.bound,
+            "measured": self.measured,
+            "neurons": list(plan.neurons),
+            "dense": {name: list(shape) for name, shape in self.dense.items()},
             "curves": {name: list(ab) for name, ab in self.curves.items()},
             "maps": {
                 name: {
@@ -75,7 +81,7 @@ def plan_for(
 
 def compress(
     cfg: ParentConfig,
-    params: dict,
+    params,
     tokens_NT: np.ndarray | None,
     *,
     keep: float | None = None,
@@ -84,30 +90,43 @@ def compress(
     metric: bool = True,
     bias: bool = True,
     allocation: bool | None = None,
+    pruning: bool = True,
+    anchor: bool = True,
     seed: int = 0,
     work: str | Path | None = None,
+    check: bool = False,
     progress: bool = True,
 ) -> tuple[ParentConfig, dict, Report]:
     """Factorise a dense parent -> (config with ranks, parameters, Report).
 
+    params: the parameter tree, or a source that gives it layer by layer (`parents.open_layers`):
+    only a layer and what belongs to it is held, and the result stands in files under `work`.
     tokens_NT: int calibration windows [N, T] (method "svd" takes None). keep: kept share of ALL
     parameters, counted at the valid vocabulary rows; or budget: their absolute number. keep 1.0
     returns the parameters unchanged but for the padding rows of the vocabulary, which are always
-    cut. metric, bias, allocation: parts of method "delve" (all on; the ablation turns them off).
-    seed: of the labels that the metric samples. work: folder of the factors at every rank, which
-    another keep ratio takes up again (None: a temporary one). Factors keep the kernel's dtype and
-    come back on the default device: a caller with a mesh lays them out again. DelveError: unknown
-    method, family or ratio, ids out of range, weights or activations that are not finite.
+    cut. metric, bias, allocation, pruning: parts of method "delve" (all on; the ablation turns them
+    off). seed: of the labels that the metric samples. work: folder of the factors at every rank,
+    which another keep ratio takes up again (None: a temporary one). check: measure the divergence
+    of the result. Factors keep the kernel's dtype and come back on the default device: a caller
+    with a mesh lays them out again. DelveError: unknown method, family or ratio, ids out of range,
+    weights or activations that are not finite.
     """
     if method not in METHODS:
         raise DelveError(f"--method {method}: unknown; available are {', '.join(METHODS)}")
     if getattr(cfg, "ranks", ()) or getattr(cfg, "neurons", ()):
         raise DelveError("the checkpoint is compressed already: compress its dense source instead")
-    plan, maps = plan_for(cfg, keep=keep, budget=budget)
-    params = _cut_padding(cfg, params)
-    dense = dataclasses.replace(cfg, vocab_rows=cfg.vocab_size)
+    plan, _ = plan_for(cfg, keep=keep, budget=budget)
+    dense, streamed = dataclasses.replace(cfg, vocab_rows=cfg.vocab_size), params
+    if isinstance(params, dict):
+        params, streamed = _cut_padding(cfg, params), None
     if plan.budget >= plan.total:
-        return dense, params, Report(method, plan, {})
+        report = Report(method, plan, {})
+        if streamed is None:
+            return dense, params, report
+        return (
+            *assembly.assemble(streamed, None, plan, work and Path(work) / "stacks")[:2],
+            report,
+        )
     if tokens_NT is not None:
         tokens_NT = moments.check_tokens(tokens_NT, cfg.vocab_size)
     elif method != "svd":
@@ -120,68 +139,68 @@ def compress(
         raise DelveError(f"--method {method}: ranks are allocated by activations; it reads none")
     body, tables, _ = parent_maps(cfg)
     body, tables = ([m for m in some if m.max_rank] for some in (body, tables))
-    key = {"method": method.removesuffix("+allocation"), "metric": metric, "bias": bias}
+    mlp = prune.candidate(cfg) if pruning and ours and allocation else ()
+    key = {"method": method.removesuffix("+allocation"), "metric": metric, "bias": bias,
+           "neurons": bool(mlp)}  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="delve-") as place:
-        spectra = Spectra(InMemory(dense, params), body, tables, tokens_NT, Path(work or place),
-                          how, key, seed, progress)  # fmt: skip
+        source = InMemory(dense, params) if streamed is None else streamed
+        spectra = Spectra(source, body, tables, tokens_NT, Path(work or place),
+                          how, key, seed, progress, mlp)  # fmt: skip
         report = Report(method, plan, {})
         if allocation:
             report = _allocated(spectra, [*tables, *body], plan, report)
-        return _assembled(dense, params, spectra, maps, report)
+        stacks = None if streamed is None else Path(work or place) / "stacks"
+        with metrics.progress(cfg.n_layers, "assemble", "layer", not progress) as bar:
+            again = None
+            if anchor and ours:
+                again = functools.partial(Anchor, spectra, report.plan, bias)
+            out = assembly.assemble(source, spectra, report.plan, stacks, bar.update, again)
+        if check and spectra.sweep and (again or report.measured is None):
+            (facts,) = curves.checked(spectra, [assembly.student(out)])
+            report = dataclasses.replace(report, measured=facts)
+    shapes = {m.name: (m.n_in, m.n_out) for m in [*tables, *body]}
+    dense = {name: shape for name, shape in shapes.items() if name not in report.plan.ranks}
+    report = dataclasses.replace(
+        report, shapes=shapes, dense=dense, errors=out.errors, spectra=out.spectra
+    )
+    return out.cfg, out.params, report
 
 
 def _allocated(spectra: Spectra, maps: list[Map], plan: Plan, report: Report) -> Report:
-    """The report with the ranks of least expected loss in the place of the uniform ones."""
+    """The report with the sizes of least loss in the place of the uniform ranks.
+
+    Two points can mislead a curve far from both (one-sided tails at small budgets): what decides
+    between the allocator's sizes and the uniform ranks is how far either diverges when measured.
+    """
     fits = spectra.curves(lambda: curves.measure(spectra, maps))
-    fixed = plan.total - sum(m.layers * m.dense for m in maps)
-    choice = knapsack.choose(
-        curves.kinds(spectra, maps, fits), fixed, plan.budget, total=plan.total
-    )
-    ranks = {
-        m.name: tuple(choice.sizes[m.name, layer] for layer in range(m.layers))
-        for m in maps
-        if choice.modes[m.name] == "factored"
-    }
-    factored = any(name in ranks for name in TABLES)
-    new = dataclasses.replace(
-        plan, ranks=ranks, parameters=choice.parameters,
-        rho=plan.budget / plan.total, tables="factored" if factored else "dense",
-    )  # fmt: skip
+    kinds = curves.kinds(spectra, maps, fits)
+    fixed = plan.total - sum(i.options[0].cost for k in kinds for i in curves.dense(k))
+    choices = [knapsack.choose(kinds, fixed, plan.budget, total=plan.total)]
+    if choices[0].modes.get(curves.NEURONS) == "pruned":
+        kinds = [k._replace(modes={m: i for m, i in k.modes.items() if m != "pruned"})
+                 for k in kinds]  # fmt: skip
+        choices.append(knapsack.choose(kinds, fixed, plan.budget, total=plan.total))
+    candidates = [*((_planned(maps, plan, c), c.error, c.bound) for c in choices),
+                  (plan, None, None)]  # fmt: skip
+    found = curves.measured(spectra, [plan for plan, _, _ in candidates])
+    best = int(np.nanargmin([facts["kl"] for facts in found]))
+    plan, expected, bound = candidates[best]
     return dataclasses.replace(
-        report, plan=new, expected=choice.error, bound=choice.bound, curves=fits
+        report, plan=plan, expected=expected, bound=bound, curves=fits, measured=found[best]
     )
 
 
-def _assembled(dense: ParentConfig, params: dict, spectra: Spectra, maps: dict, report: Report):
-    """The factored parent at the plan's ranks, slices of the factors on disk."""
-    out, errors, whole = {}, {}, {}
-    for name, ranks in report.plan.ranks.items():
-        leaf = at(params if name in TABLES else params["layers"], name)
-        dtype, width = leaf["kernel"].dtype, max(1, *ranks)  # no program runs on empty arrays
-        m, table = maps[name], name in TABLES
-        v = np.zeros((m.layers, m.n_in, width), dtype)
-        u = np.zeros((m.layers, width, m.n_out), dtype)
-        shifts = []
-        errors[name], whole[name] = [], []
-        for layer, rank in enumerate(ranks):
-            fit = spectra.factors(name, layer, rank, leaf["kernel"] if table else
-                                  np.asarray(leaf["kernel"][layer]))  # fmt: skip
-            v[layer, :, :rank], u[layer, :rank] = fit.v_IK, fit.u_KO
-            shifts.append(fit.bias_O)
-            errors[name].append(fit.error)
-            whole[name].append(fit.spectrum)
-        out[name] = {"v": v[0], "u": u[0]} if table else {"v": v, "u": u}
-        if "bias" in leaf:
-            old = np.asarray(leaf["bias"], np.float64)
-            shifted = old if shifts[0] is None else old + np.stack(shifts)
-            out[name]["bias"] = shifted.astype(leaf["bias"].dtype)
-    shapes = {name: (maps[name].n_in, maps[name].n_out) for name in report.plan.ranks}
-    report = dataclasses.replace(
-        report, shapes=shapes, errors=errors,
-        spectra={name: np.stack(rows) for name, rows in whole.items()},
+def _planned(maps: list[Map], plan: Plan, choice: knapsack.Allocation) -> Plan:
+    """The plan with the allocator's choice in the place of its ranks."""
+    sizes = {}
+    for (name, _), size in sorted(choice.sizes.items()):
+        sizes.setdefault(name, []).append(size)
+    ranks = {m.name: tuple(sizes[m.name]) for m in maps if min(sizes.get(m.name, [-1])) >= 0}
+    return dataclasses.replace(
+        plan, ranks=ranks, neurons=tuple(sizes.get(curves.NEURONS, ())),
+        parameters=choice.parameters, rho=plan.budget / plan.total,
+        tables="factored" if any(name in ranks for name in TABLES) else "dense",
     )  # fmt: skip
-    new = dataclasses.replace(dense, ranks=tuple(report.plan.ranks.items()))
-    return new, _rebuild(params, out), report
 
 
 def _cut_padding(cfg: ParentConfig, params: dict) -> dict:
@@ -193,21 +212,6 @@ def _cut_padding(cfg: ParentConfig, params: dict) -> dict:
     if "head" in params:
         params["head"] = {**params["head"], "kernel": params["head"]["kernel"][:, :V]}
     return params
-
-
-def _rebuild(params: dict, out: dict) -> dict:
-    """The parameter tree with the factored maps in the place of the dense ones."""
-
-    def walk(tree: dict, path: str) -> dict:
-        if path in out:
-            return {key: jnp.asarray(a) for key, a in out[path].items()}
-        return {
-            name: walk(sub, f"{path}/{name}" if path else name) if isinstance(sub, dict) else sub
-            for name, sub in tree.items()
-        }
-
-    top = {name: walk(sub, name) for name, sub in params.items() if name != "layers"}
-    return {**top, "layers": walk(params["layers"], "")}
 
 
 sys.modules[__name__].__class__ = VerbModule

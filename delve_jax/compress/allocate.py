@@ -58,6 +58,7 @@ class Plan:
     budget: int
     rho: float  # the common ratio (1.0: everything dense)
     tables: str  # "dense" or "factored"
+    neurons: tuple[int, ...] = ()  # kept in the MLP of each layer (): all of them
 
 
 def parent_maps(cfg: ParentConfig) -> tuple[list[Map], list[Map], int]:

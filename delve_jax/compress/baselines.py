@@ -171,23 +171,3 @@ def modegpt(
     inverse = np.divide(1.0, values, out=np.zeros_like(values), where=ok)
     down_kO = (vectors * inverse) @ (vectors.T @ (gram[kept_k] @ w_FO))
     return Nystrom(kept_k, down_kO)
-
-
-def modegpt_sparsity(influence_L: Array, sparsity: float, smoothing: float = 0.1) -> Array:
-    """Share that MoDeGPT removes of every layer: L * sparsity * softmax(-influence / smoothing).
-
-    influence_L: 1 - E[cos(x, block(x))] of every layer. The mean is `sparsity`. Two things are not
-    from the paper, whose full text was not at hand: the default of `smoothing`, and that where the
-    formula removes more than a whole layer, that layer's share is 1 - 1e-6 and the others take the
-    rest in proportion.
-    """
-    s_L = -np.asarray(influence_L, np.float64) / smoothing
-    weight_L = np.exp(s_L - s_L.max())
-    full_L = np.zeros(len(s_L), bool)
-    most, total = 1 - 1e-6, len(s_L) * sparsity
-    while True:
-        rest = total - most * full_L.sum()
-        out_L = np.where(full_L, most, rest * weight_L / weight_L[~full_L].sum())
-        if full_L.sum() == len(s_L) - 1 or not (over_L := ~full_L & (out_L > most)).any():
-            return np.minimum(out_L, most)
-        full_L |= over_L

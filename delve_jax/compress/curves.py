@@ -9,20 +9,25 @@ to 1.5; without it vocabulary tables are starved and RWKV ends behind SVD-LLM.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
 
-from .allocate import Map, rank_grid
+from .allocate import Map, Plan, rank_grid
+from .factorize import Array
 from .knapsack import Item, Kind, Option
+from .moments import Student
+from .prune import per_neuron, refitted
 from .spectra import TABLES, Spectra, at
 
 TOKENS = 8192  # of the calibration windows that divergences are measured on
 SHARES = (0.6, 0.3)  # of the largest useful rank
 STEEP = (0.8, 2.0)  # bounds of the exponent: two points are few
 NOTHING = 1e-9  # nats: below, a map does nothing and has no curve
+NEURONS = "neurons"  # the kind of map that the MLP as a whole is, where pruning competes
 
 
 def tails(spectrum: np.ndarray, ranks) -> np.ndarray:
@@ -31,9 +36,9 @@ def tails(spectrum: np.ndarray, ranks) -> np.ndarray:
     return 0.5 * beyond[np.asarray(ranks)]
 
 
-def cut(spectra: Spectra, m: Map, layer: int, rank: int, leaf: dict) -> dict:
+def cut(spectra: Spectra, name: str, layer: int, rank: int, leaf: dict) -> dict:
     """A dense leaf whose kernel (and bias) is that of the map at this rank."""
-    fit = spectra.factors(m.name, layer, rank, leaf["kernel"])
+    fit = spectra.factors(name, layer, rank, leaf["kernel"])
     new = {**leaf, "kernel": jnp.asarray(fit.v_IK @ fit.u_KO, leaf["kernel"].dtype)}
     if fit.bias_O is not None:
         new["bias"] = jnp.asarray(leaf["bias"] + fit.bias_O, leaf["bias"].dtype)
@@ -45,37 +50,73 @@ def _put(tree: dict, name: str, leaf: dict) -> dict:
     return {**tree, first: _put(tree[first], rest, leaf) if rest else leaf}
 
 
-def measure(spectra: Spectra, maps: list[Map], progress: Callable = lambda: None) -> dict:
+def measure(spectra: Spectra, maps: list[Map]) -> dict:
     """{map: (a, b)} of E = a tail^b over all layers of each kind of map."""
-    sweep = spectra.sweep
-    rows = max(1, TOKENS // spectra.tokens.shape[1])
-    teacher = sweep.logit_inputs(rows)
-    out = {}
+    L, cfg = spectra.cfg.n_layers, spectra.cfg
+    names, expected, students = [], [], []
     for m in maps:
-        points = []
         for share in SHARES:
-            rank = max(1, round(share * m.max_rank))
-            expected = sum(
-                tails(spectra.spectrum(m.name, layer), [rank])[0] for layer in range(m.layers)
-            )
-            if m.name in TABLES:
+            ranks = {m.name: [max(1, round(share * m.max_rank))] * m.layers}
+            lost = (tails(spectra.spectrum(m.name, i), ranks[m.name][i]) for i in range(m.layers))
+            names.append(m.name)
+            expected.append(float(sum(lost)))
+            students.append(student(spectra, ranks))
+    for share in SHARES if spectra.mlp else ():
+        k = max(1, round(share * cfg.d_ffn))
+        names.append(NEURONS)
+        expected.append(sum(0.5 * float(spectra.pruning(i).errors(k)) for i in range(L)))
+        students.append(student(spectra, {}, [k] * L))
+    nats = [kl for kl, _ in _diverged(spectra, students, "curves")]
+    points = list(zip(expected, nats, strict=True))
+    return {names[i]: through(*points[i : i + 2]) for i in range(0, len(names), 2)}
 
-                def outer(top, m=m, rank=rank):
-                    return {**top, m.name: cut(spectra, m, 0, rank, top[m.name])}
 
-                changes_input = m.name == "embed"
-                student = sweep.logit_inputs(rows, outer=outer) if changes_input else teacher
-                points.append((expected, sweep.kl(teacher, student, outer)))
-            else:
+def _rows(spectra: Spectra) -> int:
+    return max(1, TOKENS // spectra.tokens.shape[1])
 
-                def layer(index, params, m=m, rank=rank):
-                    leaf = cut(spectra, m, index, rank, at(params, m.name))
-                    return _put(params, m.name, leaf)
 
-                points.append((expected, sweep.kl(teacher, sweep.logit_inputs(rows, layer))))
-            progress()
-        out[m.name] = through(*points)
-    return out
+def _diverged(spectra: Spectra, students: list[Student], kind: str) -> list[tuple[float, float]]:
+    """(KL, nll) of each student, with a bar of this name."""
+    with spectra.bar(spectra.cfg.n_layers + len(students), kind) as bar:
+        return spectra.sweep.divergences(_rows(spectra), students, kind, bar.update)
+
+
+def student(spectra: Spectra, ranks: dict, neurons=()) -> Student:
+    """The parent, dense, with maps cut to these ranks (one a layer) and MLPs to these neurons."""
+    body = {name: r for name, r in ranks.items() if name not in TABLES}
+    tables = {name: r[0] for name, r in ranks.items() if name in TABLES}
+
+    def outer(top):
+        return {**top, **{n: cut(spectra, n, 0, r, top[n]) for n, r in tables.items()}}
+
+    layer = functools.partial(_changed, spectra, body, neurons) if body or neurons else None
+    return Student(layer, outer if tables else None, layer is None and "embed" not in tables)
+
+
+def _changed(spectra: Spectra, ranks: dict, neurons, index: int, params: dict) -> dict:
+    """The parameters of a layer with its maps cut to their ranks and its MLP to its neurons."""
+    for name, of_layers in ranks.items():
+        leaf = cut(spectra, name, index, of_layers[index], at(params, name))
+        params = _put(params, name, leaf)
+    if neurons:
+        reader = spectra.mlp[-1]
+        leaf = refitted(at(params, reader), spectra.pruning(index), neurons[index])
+        params = _put(params, reader, leaf)
+    return params
+
+
+def measured(spectra: Spectra, plans: list[Plan]) -> list[dict]:
+    """`checked` for the parent at each plan's sizes, factors as they are."""
+    return checked(spectra, [student(spectra, plan.ranks, plan.neurons) for plan in plans])
+
+
+def checked(spectra: Spectra, students: list[Student]) -> list[dict]:
+    """KL(parent || student) as it is, and the nll of both, in nats a token."""
+    for left in spectra.folder.glob("check-*.npy"):  # of other plans, a call that was stopped
+        left.unlink()
+    (_, before), *found = _diverged(spectra, [Student(late=True), *students], "check")
+    facts = {"nll_before": before, "tokens": spectra.tokens[: _rows(spectra)].size}
+    return [{"kl": kl, "nll_after": after, **facts} for kl, after in found]
 
 
 def through(mild: tuple[float, float], hard: tuple[float, float]) -> tuple[float, float]:
@@ -92,22 +133,70 @@ def through(mild: tuple[float, float], hard: tuple[float, float]) -> tuple[float
 
 
 def kinds(spectra: Spectra, maps: list[Map], curves: dict) -> list[Kind]:
-    """The allocator's question: every map dense or factored, at which rank, at which loss."""
-    out = []
+    """The allocator's question: every map dense or factored, at which rank, at which loss.
+
+    Where neurons are in order, the maps of the MLP are one kind: its modes are all the ways to
+    store them dense or factored, and "pruned", dense at fewer neurons.
+    """
+    forms, out = {}, []
     for m in maps:
-        a, b = curves.get(m.name, (1.0, 1.0))
         step = None if min(m.n_in, m.n_out) >= 512 else 1
         grid = rank_grid(m.n_in, m.n_out, step)
         if m.name in TABLES:
             grid = [r for r in grid if r]  # a model without a table is none
         factored, dense = [], []
         for layer in range(m.layers):
-            tail = tails(spectra.spectrum(m.name, layer), grid)
-            # a layer's share of E = a (sum over layers)^b, were all layers alike
-            nats = a * tail * (m.layers * tail) ** (b - 1) if b != 1 else a * tail
-            nats = np.where(tail > 0, nats, 0.0)
+            nats = _nats(tails(spectra.spectrum(m.name, layer), grid), m.layers, curves[m.name])
             options = [Option(r, r * m.step, float(e)) for r, e in zip(grid, nats, strict=True)]
             factored.append(Item(m.name, layer, tuple(options)))
             dense.append(Item(m.name, layer, (Option(-1, m.dense, 0.0),)))
-        out.append(Kind(m.name, {"dense": tuple(dense), "factored": tuple(factored)}))
-    return out
+        forms[m.name] = {"dense": tuple(dense), "factored": tuple(factored)}
+    mlp = [forms.pop(name) for name in spectra.mlp]
+    if mlp:
+        pruned = _pruned(spectra, curves[NEURONS])
+        # what the makers' biases cost is counted with the neurons, so with every other form too
+        most = [item.options[-1].cost for item in pruned]
+        biases = most[0] - sum(form["dense"][0].options[0].cost for form in mlp)
+        modes = {
+            "+".join(names): sum((form[n] for form, n in zip(mlp, names, strict=True)), ())
+            for names in itertools.product(*mlp)
+        }
+        modes = {name: _dearer(items, biases) for name, items in modes.items()}
+        out.append(Kind(NEURONS, {**modes, "pruned": pruned}))
+    return [Kind(name, modes) for name, modes in forms.items()] + out
+
+
+def dense(kind: Kind) -> tuple[Item, ...]:
+    """The items of a kind as the parent has it."""
+    return next(items for items in kind.modes.values() if all(i.options[0].size < 0 for i in items))
+
+
+def _nats(tail: Array, layers: int, curve: tuple[float, float]) -> Array:
+    """A layer's share of E = a (sum of the tails of all layers)^b, were all layers alike."""
+    a, b = curve
+    nats = a / layers * (layers * tail) ** b
+    return np.where(nats > NOTHING, nats, 0.0)
+
+
+def _pruned(spectra: Spectra, curve: tuple[float, float]) -> tuple[Item, ...]:
+    """An item a layer: its MLP with any number of neurons, dense."""
+    cfg = spectra.cfg
+    F, price = cfg.d_ffn, per_neuron(cfg)
+    grid = [*range(0, F, 1 if F < 2048 else 64), F]
+    out = []
+    for layer in range(cfg.n_layers):
+        nats = _nats(0.5 * spectra.pruning(layer).errors(grid), cfg.n_layers, curve)
+        options = [Option(k, k * price, float(e)) for k, e in zip(grid, nats, strict=True)]
+        out.append(Item(NEURONS, layer, tuple(options)))
+    return tuple(out)
+
+
+def _dearer(items: tuple[Item, ...], cost: int) -> tuple[Item, ...]:
+    """The items with `cost` more parameters in each layer."""
+    first = items[0].name
+    return tuple(
+        item._replace(options=tuple(o._replace(cost=o.cost + cost) for o in item.options))
+        if item.name == first
+        else item
+        for item in items
+    )

@@ -6,6 +6,7 @@ estimate of the rise of KL(parent || compressed) in nats a token (compression.md
 Every optimum is W followed by a projection of its outputs (orthogonal in G), so the work is to find
 K directions: (6a) from the output Gram, (6b) from the input Gram, whichever is smaller. float64
 numpy; eigh only: no Gram of activations is inverted, so singular ones are no special case.
+`anchored` states the problem of a map behind others that are compressed already, for `factor`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import scipy.linalg
 
 Array = np.ndarray
 TINY = 1e-30  # mean energies below are the rounding of sums that were made in float32
+ROWS = 8192  # held in float64 at a time where only products are needed: a table is 50,000 long
 DAMPING = 0.1  # of the output metric; 0.01 to 0.3 differ by under 2 % of what is lost (NeoX proxy)
 
 
@@ -57,7 +59,8 @@ def factor(
     whose energy is below floor * the largest are chosen by plain SVD instead: on them the
     activations say nothing.
     """
-    w_IO = np.asarray(kernel_IO, np.float64)
+    by_rows = gram is not None and over == "outputs"
+    w_IO = np.asarray(kernel_IO, None if by_rows else np.float64)
     centred = gram is not None and bias_O is not None and mean_I is not None
     if gram is not None:
         gram = np.asarray(gram, np.float64)
@@ -68,28 +71,103 @@ def factor(
         gram = gram - np.outer(mean, mean)
     if grad is None:
         q_OK, spectrum = _basis(w_IO, rank, gram, over)
-        v_IK, u_KO = w_IO @ q_OK, q_OK.T
+        v_IK, u_KO = _times(w_IO, q_OK), q_OK.T
     else:
         v_IK, u_KO, spectrum = _two_sided(w_IO, rank, gram, over, np.asarray(grad), damping)
         if not spectrum[0]:  # the loss does not feel this map: keep what the activations say
             q_OK, _ = _basis(w_IO, rank, gram, over)
-            v_IK, u_KO = w_IO @ q_OK, q_OK.T
+            v_IK, u_KO = _times(w_IO, q_OK), q_OK.T
     known = int(np.sum(spectrum[:rank] > floor * spectrum[0])) if spectrum[0] else rank
     if gram is not None and known < rank:
         v_IK, u_KO = v_IK[:, :known], u_KO[:known]
-        left_IO = w_IO - v_IK @ u_KO
-        rest_OK, _ = _basis(left_IO, rank - known, None, "")
+        if len(w_IO) < w_IO.shape[1]:
+            rest_OK, _ = _basis(w_IO - v_IK @ u_KO, rank - known, None, "")
+        else:
+            rest_OK = eigh(sum(b.T @ b for _, b in _blocks(w_IO, v_IK, u_KO)))[1]
+            rest_OK = rest_OK[:, : rank - known]
         if grad is None:
             q_OK = scipy.linalg.qr(np.hstack([u_KO.T, rest_OK]), mode="economic")[0]
-            v_IK, u_KO = w_IO @ q_OK, q_OK.T
+            v_IK, u_KO = _times(w_IO, q_OK), q_OK.T
         else:
-            v_IK = np.hstack([v_IK, left_IO @ rest_OK])
+            v_IK = np.hstack([v_IK, _times(w_IO, rest_OK, v_IK, u_KO)])
             u_KO = np.vstack([u_KO, rest_OK.T])
-    v_IK, u_KO = balance(v_IK, u_KO)
+    v_IK, u_KO = balance(v_IK, u_KO, in_place=True)
     bias_O = None if bias_O is None else np.asarray(bias_O, np.float64)
     if centred:
         bias_O = bias_O + mean_I @ w_IO - (mean_I @ v_IK) @ u_KO
     return Factors(v_IK, u_KO, bias_O, spectrum)
+
+
+class Target(NamedTuple):
+    """A map that a compressed prefix feeds, as arguments of `factor`; at full rank it is dense."""
+
+    kernel_IO: Array
+    gram: Array
+    over: str
+    bias_O: Array | None  # of the dense target
+    grad: Array | None
+
+    def factor(self, rank: int, mean_I: Array | None, floor: float = 1e-14) -> Factors:
+        """Its optimal factors; mean_I: E x' (used where there is a bias)."""
+        return factor(self.kernel_IO, rank, self.gram, over=self.over, mean_I=mean_I,
+                      bias_O=self.bias_O, grad=self.grad, floor=floor)  # fmt: skip
+
+
+def anchored(
+    kernel_IO: Array,
+    gram_II: Array,
+    drift: Array,
+    *,
+    mean_I: Array | None = None,
+    shift: Array | None = None,
+    bias_O: Array | None = None,
+    grad: Array | None = None,
+    ridge: float,
+    blend: float = 1.0,
+) -> Target:
+    """The dense map W* of the prefix's inputs x' that comes nearest to the parent's outputs.
+
+    W* = W + blend (C + l)^-1 E[x'^T d], d = y - x' W, l = ridge * the mean of C's diagonal: ridge
+    regression towards W (compression.md (3), (5); AA-SVD). It is W itself where x' = x or nothing
+    is known. Truncating it is optimal for the anchored loss (4), whose constant part is W*'s own.
+    gram_II: C = E[x'^T x']. drift: E[x'^T d] [I,O]; or, where O > I, that of d = x - x' [I,I]: then
+    W* = T W, and the metric of W's inputs (`grad`, as in `factor`) becomes that of W*'s.
+    mean_I, shift: E x' and E d; with a bias both are needed, all moments are centred, and the bias
+    takes up the mean.
+    """
+    w_IO = np.asarray(kernel_IO, np.float64)
+    wide = np.shape(drift)[1] != w_IO.shape[1]
+    gram_II, drift = np.asarray(gram_II, np.float64), np.asarray(drift, np.float64)
+    c_II = gram_II
+    if bias_O is not None:
+        mean_I, shift = np.asarray(mean_I, np.float64), np.asarray(shift, np.float64)
+        c_II, drift = gram_II - np.outer(mean_I, mean_I), drift - np.outer(mean_I, shift)
+    moved = blend * _ridge(c_II, drift, ridge)
+    t_II = np.eye(len(w_IO)) + moved if wide else None
+    target_IO = t_II @ w_IO if wide else w_IO + moved
+    if bias_O is not None:
+        bias_O = np.asarray(bias_O, np.float64) + (shift @ w_IO if wide else shift)
+        bias_O = bias_O + mean_I @ (w_IO - target_IO)
+    if not wide:
+        return Target(target_IO, target_IO.T @ gram_II @ target_IO, "outputs", bias_O, grad)
+    grad = None if grad is None else t_II @ np.asarray(grad, np.float64) @ t_II.T
+    return Target(target_IO, gram_II, "inputs", bias_O, grad)
+
+
+def _ridge(c_II: Array, rhs_IM: Array, ridge: float) -> Array:
+    """(c + l)^-1 rhs, l = ridge * mean of c's diagonal; zero where c has no energy and l is 0."""
+    c_II = (c_II + c_II.T) / 2
+    least = ridge * np.trace(c_II) / len(c_II)
+    if least > 0:
+        try:  # at most I / ridge apart from singular: far from what float64 cannot do
+            factors = scipy.linalg.cho_factor(c_II + least * np.eye(len(c_II)))
+            return scipy.linalg.cho_solve(factors, rhs_IM)
+        except np.linalg.LinAlgError:
+            pass
+    values, vectors = eigh(c_II)
+    known = values > 1e-12 * values[0]
+    inverse = np.divide(1.0, values + least, out=np.zeros_like(values), where=known)
+    return vectors @ (inverse[:, None] * (vectors.T @ rhs_IM))
 
 
 def svd(kernel_IO: Array, rank: int, bias_O: Array | None = None) -> Factors:
@@ -97,12 +175,14 @@ def svd(kernel_IO: Array, rank: int, bias_O: Array | None = None) -> Factors:
     return factor(kernel_IO, rank, bias_O=bias_O)
 
 
-def balance(v_IK: Array, u_KO: Array) -> tuple[Array, Array]:
+def balance(v_IK: Array, u_KO: Array, in_place: bool = False) -> tuple[Array, Array]:
     """The gauge (9): column i of v and row i of u get equal norms, the product stays."""
-    v_K, u_K = np.linalg.norm(v_IK, axis=0), np.linalg.norm(u_KO, axis=1)
+    v_K = np.sqrt(sum(np.square(v_IK[i : i + ROWS]).sum(0) for i in range(0, len(v_IK), ROWS)))
+    u_K = np.array([np.linalg.norm(u_O) for u_O in u_KO])
     ok_K = (v_K > 0) & (u_K > 0)
     s_K = np.sqrt(np.divide(v_K, u_K, out=np.ones_like(v_K), where=ok_K))
-    return v_IK / s_K, u_KO * s_K[:, None]
+    v, u = (v_IK, u_KO) if in_place else (None, None)
+    return np.divide(v_IK, s_K, out=v), np.multiply(u_KO, s_K[:, None], out=u)
 
 
 def eigh(a: Array) -> tuple[Array, Array]:
@@ -149,7 +229,8 @@ def _two_sided(w_IO, rank: int, gram, over: str, grad, damping: float):
         inverse_OO = (vectors / np.sqrt(values)) @ vectors.T
         spectrum, q_OO = eigh(s_OO @ gram @ s_OO)
         q_OK = q_OO[:, :rank]
-        return w_IO @ (s_OO @ q_OK), q_OK.T @ inverse_OO, unit * spectrum[: min(n_in, n_out)]
+        v_IK = _times(w_IO, s_OO @ q_OK)
+        return v_IK, q_OK.T @ inverse_OO, unit * spectrum[: min(n_in, n_out)]
     f_II = root(gram)
     h_II = damped(grad, w_IO @ w_IO.T, damping)
     spectrum, p_II = eigh(f_II.T @ h_II @ f_II)
@@ -172,5 +253,22 @@ def _basis(w_IO: Array, rank: int, gram: Array | None, over: str) -> tuple[Array
     spectrum, p_II = eigh(m_IO @ m_IO.T)
     # (6b) divides by sigma here; QR spans the same space in the same order without dividing, and
     # removes from the small directions what rounding leaked into them from the large ones.
-    q_OK = scipy.linalg.qr(m_IO.T @ p_II[:, :rank], mode="economic")[0]
-    return q_OK, spectrum
+    a_OK = (p_II[:, :rank].T @ m_IO).T  # in LAPACK's own order, so that it needs no copy
+    del m_IO
+    return scipy.linalg.qr(a_OK, mode="economic", overwrite_a=True)[0], spectrum
+
+
+def _blocks(w_IO: Array, v_IK: Array | None = None, u_KO: Array | None = None):
+    """(which rows, those of w - v u in float64), ROWS at a time."""
+    for i in range(0, len(w_IO), ROWS):
+        part = slice(i, i + ROWS)
+        rows = np.asarray(w_IO[part], np.float64)
+        yield part, rows if v_IK is None else rows - v_IK[part] @ u_KO
+
+
+def _times(w_IO: Array, p_OK: Array, v_IK: Array | None = None, u_KO: Array | None = None) -> Array:
+    """(w - v u) p in float64, without a float64 copy of w."""
+    out_IK = np.empty((len(w_IO), p_OK.shape[1]))
+    for part, rows in _blocks(w_IO, v_IK, u_KO):
+        np.matmul(rows, p_OK, out=out_IK[part])
+    return out_IK

@@ -11,7 +11,7 @@ the tokens and the seed, so a sweep that is repeated gives the same bits.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -27,6 +27,7 @@ from ..models.linear import HIGHEST, lookup, wide
 TOKENS = 8192  # of a batch at most: float32 sums over more lose digits that eigh needs
 BATCH_BYTES = 2**28  # of the widest activation of a batch
 HEAD_TOKENS = 512  # whose logits are held at a time
+TABLE_BYTES = 2**28  # of changed vocabulary tables that are held at a time, if it is more than one
 
 
 class Moments(NamedTuple):
@@ -50,6 +51,14 @@ class HeadMoments(NamedTuple):
     embed_grad: np.ndarray | None  # E[g g^T] [D,D] at the looked-up rows (with the metric)
 
 
+class Student(NamedTuple):
+    """The parent with parameters changed: of its layers, and of what is outside of them."""
+
+    layer: Callable | None = None  # (index, parameters of the layer) -> those of the student
+    outer: Callable | None = None  # (everything but the layers) -> that of the student
+    late: bool = False  # only what comes after the last layer is changed
+
+
 def check_tokens(tokens_NT: np.ndarray, vocab_size: int) -> np.ndarray:
     """Calibration windows as int32 [N,T]; DelveError where they are empty or out of range."""
     tokens_NT = np.asarray(tokens_NT)
@@ -67,19 +76,22 @@ def check_tokens(tokens_NT: np.ndarray, vocab_size: int) -> np.ndarray:
     return tokens_NT.astype(np.int32)
 
 
+def add(total: dict | None, part: dict) -> dict:
+    """The sum of a tree of float64 sums (None: nothing yet), which is used up, and float32 ones."""
+    if total is None:
+        return jax.tree.map(lambda a: np.array(a, np.float64), part)
+    return jax.tree.map(lambda a, b: np.add(a, b, out=a), total, part)
+
+
 def merge(partials: Iterator[dict]) -> dict:
     """Sum of trees of float32 partial sums, in float64 on the host."""
-    total = None
-    for part in partials:
-        part = jax.tree.map(lambda a: np.asarray(a, np.float64), part)
-        total = part if total is None else jax.tree.map(np.add, total, part)
-    return total
+    return functools.reduce(add, partials, None)
 
 
 def normalise(sums: dict, over: str, where: str) -> Moments:
     """Moments from a map's sums; DelveError names `where` if they are not finite."""
-    count = float(sums["count"])
-    mean = {name: sums[name] / count for name in sums if name != "count"}
+    count = float(sums["count"])  # in place: a second set of Grams would be a second gigabyte
+    mean = {n: np.divide(a, count, out=a) for n, a in sums.items() if n != "count"}
     if not all(np.isfinite(a).all() for a in mean.values()):
         raise DelveError(
             f"{where}: calibration activations are not finite; check the weights for NaN or Inf "
@@ -143,9 +155,11 @@ def _programs(cfg: ParentConfig, collections: tuple[str, ...]):
             return models.head_logits(cfg, outer, models.final_features(cfg, outer, x))
 
         logits_nV, pull = jax.vjp(logits_of, x_nD)
-        labels = jax.random.categorical(key, logits_nV, axis=-1)
+        # jax.random.categorical, whose argmax costs as much as all the rest of this on a CPU
+        z_nV = logits_nV + jax.random.gumbel(key, logits_nV.shape, logits_nV.dtype)
+        label_nV = (z_nV == z_nV.max(-1, keepdims=True)).astype(z_nV.dtype)
         p_nV = jax.nn.softmax(logits_nV)
-        (g_nD,) = pull(p_nV - jax.nn.one_hot(labels, p_nV.shape[-1], dtype=p_nV.dtype))
+        (g_nD,) = pull(p_nV - label_nV / label_nV.sum(-1, keepdims=True))  # ties share a label
         return g_nD, p_nV.sum(0)
 
     @jax.jit
@@ -160,18 +174,19 @@ def _programs(cfg: ParentConfig, collections: tuple[str, ...]):
         return jnp.einsum("btd,bte->de", g, g, precision=HIGHEST)
 
     @jax.jit
-    def final(outer, x_BTD):
-        return models.final_features(cfg, outer, x_BTD)
+    def log_p(outer, x_nD):
+        features = models.final_features(cfg, outer, x_nD)
+        return jax.nn.log_softmax(models.head_logits(cfg, outer, features))
 
     @jax.jit
-    def kl(teacher, student, f_nD, h_nD):
-        log_t = jax.nn.log_softmax(models.head_logits(cfg, teacher, f_nD))
-        log_s = jax.nn.log_softmax(models.head_logits(cfg, student, h_nD))
-        return (jnp.exp(log_t) * (log_t - log_s)).sum()
+    def compare(log_t, log_s, label_n):
+        kl = (jnp.exp(log_t) * (log_t - log_s)).sum()
+        at_n = jnp.take_along_axis(log_s, jnp.maximum(label_n, 0)[:, None], 1)[:, 0]
+        return kl, -jnp.where(label_n < 0, 0.0, at_n).sum()
 
     return SimpleNamespace(
         embed=embed, step=step, watch=watch, back=back, head_inputs=head_inputs,
-        head_back=head_back, embed_back=embed_back, final=final, kl=kl,
+        head_back=head_back, embed_back=embed_back, log_p=log_p, compare=compare,
     )  # fmt: skip
 
 
@@ -189,14 +204,15 @@ class Sweep:
     """One pass over a parent's layers for the calibration windows tokens_NT.
 
     source: `cfg`, `outer()` (everything but the layers) and `layer(i)`, read when asked for.
+    inputs: whether Grams over the inputs are made of all maps too, or the names of those maps.
     folder: where boundaries and gradients stand while the metric needs them; what is found there
     from an earlier call (same parent, tokens and seed: the caller's business) is not made again.
     """
 
     def __init__(self, source, tokens_NT, folder: Path | None = None, *, inputs=False, seed=0):
         self.cfg, self.source, self.tokens, self.seed = source.cfg, source, tokens_NT, seed
-        collections = ("moments", "inputs") if inputs else ("moments",)
-        self._run = _programs(self.cfg, collections)
+        more = ["inputs"] if inputs is True else [f"inputs {name}" for name in inputs or ()]
+        self._run = _programs(self.cfg, ("moments", *more))
         self.folder = folder
         cfg = self.cfg
         widest = max(getattr(cfg, "d_ffn", 0), 2 * getattr(cfg, "d_inner", 0), 3 * cfg.d_model)
@@ -207,22 +223,21 @@ class Sweep:
         for i in range(0, len(array), self.rows):
             yield jnp.asarray(array[i : i + self.rows])
 
-    def _embedded(self) -> np.ndarray:
-        outer = self.source.outer()
-        with jax.default_matmul_precision("highest"):
-            return np.concatenate([self._run.embed(outer, t) for t in self._batches(self.tokens)])
+    def _embedded(self, outer: dict, tokens_NT) -> Iterator[np.ndarray]:
+        return (np.asarray(self._run.embed(outer, t)) for t in self._batches(tokens_NT))
 
     def forward(self) -> Iterator[tuple[int | str, dict[str, Moments] | HeadMoments]]:
         """(layer, {map: Moments}) in order, then ("head", HeadMoments): no metric, no folder."""
-        x_NTD = self._embedded()
+        with jax.default_matmul_precision("highest"):  # never across a yield: it is global
+            x_NTD = np.concatenate([*self._embedded(self.source.outer(), self.tokens)])
         for index in range(self.cfg.n_layers):
-            layer, sums = self.source.layer(index), []
-            with jax.default_matmul_precision("highest"):  # never across a yield: it is global
+            layer, sums = self.source.layer(index), None
+            with jax.default_matmul_precision("highest"):
                 for i, x in enumerate(self._batches(x_NTD)):
                     at = i * self.rows
                     x_NTD[at : at + self.rows], sown = self._run.watch(layer, x)
-                    sums.append(sown)
-            yield index, _maps(merge(iter(sums)), layer, f"layer {index}, map ")
+                    sums = add(sums, sown)
+            yield index, _maps(sums, layer, f"layer {index}, map ")
         yield "head", HeadMoments(*self._head_sums(x_NTD), None, None)
 
     def _head_sums(self, x_NTD) -> tuple[np.ndarray, np.ndarray]:
@@ -238,47 +253,52 @@ class Sweep:
 
     def boundaries(self, tick=lambda: None) -> None:
         """Run the parent forward and keep the input of every layer, and of the head, on disk."""
-        x_NTD = None
         for index in range(self.cfg.n_layers + 1):
             if self._file("x", index).exists():
                 continue
-            if x_NTD is None:
-                x_NTD = self._load("x", index - 1) if index else self._embedded()
-            if index:
-                layer = self.source.layer(index - 1)
-                with jax.default_matmul_precision("highest"):
-                    for i, x in enumerate(self._batches(x_NTD)):
-                        x_NTD[i * self.rows : (i + 1) * self.rows] = self._run.step(layer, x)
-            self._keep("x", index, x_NTD)
+            with jax.default_matmul_precision("highest"):
+                if index:
+                    x_NTD, layer = self._load("x", index - 1), self.source.layer(index - 1)
+                    parts = (self._run.step(layer, x) for x in self._batches(x_NTD))
+                else:
+                    parts = self._embedded(self.source.outer(), self.tokens)
+                self._keep("x", index, (*self.tokens.shape, self.cfg.d_model), parts)
             tick()
 
-    def head(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def head(self, tick=lambda n: None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(E[f f^T], E|f|, mean prediction [V]); leaves the gradient at the last boundary."""
         L, outer = self.cfg.n_layers, self.source.outer()
         x_NTD = self._load("x", L)
-        flat, g_nD = x_NTD.reshape(-1, x_NTD.shape[-1]), np.empty(x_NTD.shape, np.float32)
-        g_nD, total = g_nD.reshape(flat.shape), 0.0
-        with jax.default_matmul_precision("highest"):
+        flat, total = x_NTD.reshape(-1, x_NTD.shape[-1]), 0.0
+
+        def gradients():
+            nonlocal total
             for i in range(0, len(flat), HEAD_TOKENS):
                 key = jax.random.fold_in(jax.random.key(self.seed), i)
                 g, p_V = self._run.head_back(outer, jnp.asarray(flat[i : i + HEAD_TOKENS]), key)
-                g_nD[i : i + HEAD_TOKENS] = g
                 total = total + np.asarray(p_V, np.float64)
-        self._keep("g", L, g_nD.reshape(x_NTD.shape))
+                tick(len(g))
+                yield g
+
+        with jax.default_matmul_precision("highest"):
+            self._keep("g", L, x_NTD.shape, gradients())
         return *self._head_sums(x_NTD), total / len(flat)
 
     def layer(self, index: int) -> dict[str, Moments]:
         """Moments of one layer's maps, gradients too; call from the last layer to the first."""
         x_NTD, g_NTD = self._load("x", index), self._load("g", index + 1)
-        layer, sums = self.source.layer(index), []
+        layer, sums = self.source.layer(index), None
+
+        def gradients():
+            nonlocal sums
+            for x, g in zip(self._batches(x_NTD), self._batches(g_NTD), strict=True):
+                g, sown = self._run.back(layer, x, g)
+                sums = add(sums, sown)
+                yield g
+
         with jax.default_matmul_precision("highest"):
-            for i, (x, g) in enumerate(
-                zip(self._batches(x_NTD), self._batches(g_NTD), strict=True)
-            ):
-                g_NTD[i * self.rows : (i + 1) * self.rows], sown = self._run.back(layer, x, g)
-                sums.append(jax.tree.map(np.asarray, sown))
-        self._keep("g", index, g_NTD)
-        return _maps(merge(iter(sums)), layer, f"layer {index}, map ")
+            self._keep("g", index, g_NTD.shape, gradients())
+        return _maps(sums, layer, f"layer {index}, map ")
 
     def embed_grad(self) -> np.ndarray:
         """E[g g^T] [D,D] at the rows of the input table."""
@@ -294,42 +314,76 @@ class Sweep:
 
     # --- the price of a change ------------------------------------------------------------------
 
-    def logit_inputs(self, rows: int, layer=None, outer=None) -> np.ndarray:
-        """Final-norm features [n, D] of the first `rows` windows, some parameters replaced.
+    def divergences(self, rows: int, students: list[Student], kind: str, tick=lambda n=1: None):
+        """[(KL(parent || student), its nll)], nats a token, on the first `rows` windows.
 
-        layer(i, params) -> params and outer(params) -> params say what replaces them.
+        All students advance together, so that a layer is read once. Their activations stand in the
+        folder as files of this `kind`, from which a call that was stopped goes on.
         """
-        top = self.source.outer()
-        top = top if outer is None else outer(top)
-        x_NTD = [self._run.embed(top, t) for t in self._batches(self.tokens[:rows])]
-        for index in range(self.cfg.n_layers):
-            params = self.source.layer(index)
-            params = params if layer is None else layer(index, params)
-            x_NTD = [self._run.step(params, x) for x in x_NTD]
-        return np.concatenate([self._run.final(top, x) for x in x_NTD]).reshape(
-            -1, self.cfg.d_model
-        )
+        tokens_NT, L = self.tokens[:rows], self.cfg.n_layers
+        moving = [Student(), *(s for s in students if not s.late)]  # the parent first
+        shape = (len(moving), *tokens_NT.shape, self.cfg.d_model)
+        start = max((i for i in range(L + 1) if self._file(kind, i).exists()), default=-1)
+        with jax.default_matmul_precision("highest"):
+            if start < 0:
+                top = self.source.outer()
+                tops = (top if s.outer is None else s.outer(top) for s in moving)
+                self._keep(kind, 0, shape, (x for t in tops for x in self._embedded(t, tokens_NT)))
+            for index in range(max(start, 0), L):
+                x_SNTD, layer = self._load(kind, index), self.source.layer(index)
+                self._keep(kind, index + 1, shape, self._advanced(index, layer, moving, x_SNTD))
+                self._file(kind, index).unlink()
+                tick()
+            features = self._load(kind, L).reshape(len(moving), -1, self.cfg.d_model)
+            out = self._compared(features, moving, students, tokens_NT, tick)
+        self._file(kind, L).unlink()
+        return out
 
-    def kl(self, teacher_nD, student_nD, outer=None) -> float:
-        """Mean KL(parent || changed parent), nats a token, from the features of both."""
-        top = self.source.outer()
-        new, total = top if outer is None else outer(top), 0.0
-        for i in range(0, len(teacher_nD), HEAD_TOKENS):
-            part = slice(i, i + HEAD_TOKENS)
-            total += float(self._run.kl(top, new, teacher_nD[part], student_nD[part]))
-        return total / len(teacher_nD)
+    def _advanced(self, index: int, layer: dict, moving: list, x_SNTD) -> Iterator[jax.Array]:
+        for s, x_NTD in zip(moving, x_SNTD, strict=True):
+            params = layer if s.layer is None else s.layer(index, layer)
+            for x in self._batches(x_NTD):
+                yield self._run.step(params, x)
+
+    def _compared(self, x_SnD, moving: list, students: list, tokens_NT, tick) -> list:
+        """KL and nll of each student; as many changed tables at once as TABLE_BYTES hold."""
+        top, sums = self.source.outer(), np.zeros((len(students), 2))
+        label_n = np.concatenate([tokens_NT[:, 1:], np.full_like(tokens_NT[:, :1], -1)], 1).ravel()
+        place = {id(s): k for k, s in enumerate(moving)}  # a late one ends where the parent does
+        plain = [k for k, s in enumerate(students) if s.outer is None]
+        changed = [k for k, s in enumerate(students) if s.outer is not None]
+        size = max(1, TABLE_BYTES // sum(leaf.nbytes for leaf in jax.tree.leaves(top)))
+        groups = [plain, *(changed[i : i + size] for i in range(0, len(changed), size))]
+        if len(groups) == 2 and size > 1:
+            groups = [plain + changed]  # the parent's logits once for all
+        for group in groups:
+            tops = {k: students[k].outer(top) if students[k].outer else top for k in group}
+            for i in range(0, len(label_n) if group else 0, HEAD_TOKENS):
+                part = slice(i, i + HEAD_TOKENS)
+                log_t = self._run.log_p(top, jnp.asarray(x_SnD[0, part]))
+                for k in group:
+                    x_nD = jnp.asarray(x_SnD[place.get(id(students[k]), 0), part])
+                    log_s = self._run.log_p(tops[k], x_nD)
+                    sums[k] += np.asarray(self._run.compare(log_t, log_s, label_n[part]))
+            del tops
+            tick(len(group))
+        return [(kl / len(label_n), nll / (label_n >= 0).sum()) for kl, nll in sums]
 
     def _file(self, kind: str, index: int) -> Path:
         return self.folder / f"{kind}-{index:04d}.npy"
 
     def _load(self, kind: str, index: int) -> np.ndarray:
-        return np.load(self._file(kind, index))
+        return np.load(self._file(kind, index), mmap_mode="r")
 
-    def _keep(self, kind: str, index: int, array: np.ndarray) -> None:
+    def _keep(self, kind: str, index: int, shape: tuple[int, ...], parts: Iterator) -> None:
+        """Write an array as its parts are made: no more than one of them is in memory."""
         file = self._file(kind, index)
         half = file.with_suffix(".writing")
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
         with half.open("wb") as out:
-            np.save(out, array)
+            np.lib.format.write_array_header_1_0(out, header)
+            for part in parts:
+                np.asarray(part, np.float32).tofile(out)
         half.replace(file)  # a killed run leaves no half a file under the name
 
 

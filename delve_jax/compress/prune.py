@@ -9,6 +9,7 @@ k is a prefix. Letters here: P neurons picked at once, J candidates for them, M 
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,69 +17,88 @@ import scipy.linalg
 
 from .. import models
 from ..config import ParentConfig
-from .factorize import Array, root
+from .factorize import DAMPING, TINY, Array, damped, root
 
 # Picked at once: F / BLOCKS out of 4 times as many candidates. Measured on the MLPs of
 # three proxies (F = 384, 512) at k = F/2 and F/4: as good as one at a time, within 1 %.
 BLOCKS = 64
+# MLPs with more neurons are not offered for pruning. At 4096 the Gram is 128 MiB in float64, what a
+# layer's file keeps half that, and the order, O(F^3), takes some 10 s on one core (measured at
+# 2048: 1.9 s); at 16384 these would be 2 GiB, 1 GiB and 64 times as long.
+WIDEST = 4096
 
 
-class Pruning:
-    """The order of an MLP's neurons, what each prefix of it loses, and the refitted maps.
-
-    inputs_FF: E[h h^T], uncentred; down_FO: the kernel that reads h. mean_F = E[h], only where that
-    map has a bias: moments are then centred and the bias takes up what is lost on the mean.
-    grad_OO = E[g g^T] weighs the outputs (None: equally). A neuron that the ones before it predict
-    up to `floor` of its energy adds nothing but noise: such neurons come last and are lost free.
-    """
+class Pruning(NamedTuple):
+    """The order of an MLP's neurons, what each prefix of it loses, and what refits the others."""
 
     order_F: Array  # the first k are kept
+    losses: Array  # [F+1]: with each number of neurons kept, never increasing, 0 at F
+    lower_FM: Array  # L of the pivoted Cholesky factorisation L L^T ~ gram, columns in that order
+    mean_F: Array | None = None  # E[h], where the bias takes up what is lost on it
 
-    def __init__(
-        self,
-        inputs_FF: Array,
-        down_FO: Array,
-        *,
-        mean_F: Array | None = None,
-        grad_OO: Array | None = None,
-        floor: float = 1e-9,
-    ):
-        self._down_FO = np.asarray(down_FO, np.float64)
-        self._mean_F = None if mean_F is None else np.asarray(mean_F, np.float64)
-        gram_FF = np.asarray(inputs_FF, np.float64)
-        gram_FF = (gram_FF + gram_FF.T) / 2
-        if mean_F is not None:
-            gram_FF -= np.outer(self._mean_F, self._mean_F)
-        felt_FO = self._down_FO  # distances between its rows are in the metric
-        if grad_OO is not None:
-            grad_OO = np.asarray(grad_OO, np.float64)
-            felt_FO = felt_FO @ root((grad_OO + grad_OO.T) / 2)
-        self.order_F, self._lower_FM, gains_M = _order(gram_FF, felt_FO, floor)
-        # summed from the far end: never increasing, exactly 0 at F, no cancellation near it
-        self._losses = np.zeros(len(self.order_F) + 1)
-        self._losses[: len(gains_M)] = np.cumsum(gains_M[::-1])[::-1]
+    def packed(self) -> dict[str, Array]:
+        """Its arrays for a file. float32 holds what a Gram summed up in float32 can say."""
+        out = {**self._asdict(), "lower_FM": self.lower_FM.astype(np.float32)}
+        return {name: a for name, a in out.items() if a is not None}
 
     def errors(self, ks) -> Array:
         """Lost E|dy|^2 (tr(G Cov dy) in the metric) with each number of neurons in `ks` kept."""
-        return self._losses[np.asarray(ks)]
+        return self.losses[np.asarray(ks)]
 
-    def repaired(self, k: int) -> tuple[Array, Array, Array]:
+    def repaired(self, k: int, down_FO: Array) -> tuple[Array, Array, Array]:
         """-> (kept_K ascending, W' [K, O] float64, what to add to the bias [O]) for k neurons."""
-        n_in, n_out = self._down_FO.shape
+        down_FO = np.asarray(down_FO, np.float64)
+        n_in, n_out = down_FO.shape
         if k == n_in:
-            return np.arange(k), self._down_FO.copy(), np.zeros(n_out)
-        used = min(k, self._lower_FM.shape[1])  # beyond: neurons that add nothing, with zero rows
-        lower_FM = self._lower_FM[:, :used]
-        target_MO = lower_FM.T @ self._down_FO
+            return np.arange(k), down_FO.copy(), np.zeros(n_out)
+        used = min(k, self.lower_FM.shape[1])  # beyond: neurons that add nothing, with zero rows
+        lower_FM = np.asarray(self.lower_FM[:, :used], np.float64)
         down_KO = np.zeros((k, n_out))
         down_KO[:used] = scipy.linalg.solve_triangular(
-            lower_FM[self.order_F[:used]], target_MO, lower=True, trans="T"
+            lower_FM[self.order_F[:used]], lower_FM.T @ down_FO, lower=True, trans="T"
         )
         ascending = np.argsort(self.order_F[:k])
         kept_K, down_KO = self.order_F[:k][ascending], down_KO[ascending]
-        if self._mean_F is None:
+        if self.mean_F is None:
             return kept_K, down_KO, np.zeros(n_out)
-        return kept_K, down_KO, self._mean_F @ self._down_FO - self._mean_F[kept_K] @ down_KO
+        return kept_K, down_KO, self.mean_F @ down_FO - self.mean_F[kept_K] @ down_KO
+
+
+def ordered(
+    inputs_FF: Array,
+    down_FO: Array,
+    *,
+    mean_F: Array | None = None,
+    grad_OO: Array | None = None,
+    damping: float = DAMPING,
+    floor: float = 1e-9,
+) -> Pruning:
+    """The neurons of an MLP in the order in which they are worth keeping.
+
+    inputs_FF: E[h h^T], uncentred; down_FO: the kernel that reads h. mean_F = E[h], only where that
+    map has a bias: moments are then centred and the bias takes up what is lost on the mean.
+    grad_OO = E[g g^T], drawn towards the identity by `damping`, weighs the outputs (None: equally;
+    where it is nothing, nothing is lost). A neuron that the ones before it predict up to `floor` of
+    its energy adds nothing but noise: such neurons come last and are lost free.
+    """
+    felt_FO = np.asarray(down_FO, np.float64)  # distances between its rows are in the metric
+    gram_FF = np.asarray(inputs_FF, np.float64)
+    gram_FF = (gram_FF + gram_FF.T) / 2
+    if mean_F is not None:
+        mean_F = np.asarray(mean_F, np.float64)
+        gram_FF = gram_FF - np.outer(mean_F, mean_F)
+    unit = 1.0
+    if grad_OO is not None:
+        unit = float(np.trace(grad_OO)) / len(grad_OO)
+        unit = unit if unit > TINY else 0.0
+        if unit:
+            grad_OO = np.asarray(grad_OO, np.float64) / unit
+            felt_FO = felt_FO @ root(damped(grad_OO, np.eye(len(grad_OO)), damping))
+    order_F, lower_FM, gains_M = _order(gram_FF, felt_FO, floor)
+    # summed from the far end: never increasing, exactly 0 at F, no cancellation near it
+    losses = np.zeros(len(order_F) + 1)
+    losses[: len(gains_M)] = unit * np.cumsum(gains_M[::-1])[::-1]
+    return Pruning(order_F, losses, lower_FM, mean_F)
 
 
 def _order(gram_FF: Array, felt_FO: Array, floor: float) -> tuple[Array, Array, Array]:
@@ -138,6 +158,32 @@ def _pick(rest_JJ: Array, left_JO: Array, least_J: Array, size: int) -> tuple[li
         picked.append(best)
         columns.append(column_J)
     return picked, np.stack(columns, axis=1)
+
+
+def candidate(cfg: ParentConfig) -> tuple[str, ...]:
+    """The maps of the MLP whose neurons pruning may take, the one that reads them last; or ()."""
+    maps = models.FAMILY[cfg.family].MLP
+    return maps if maps and 2 < cfg.d_model <= cfg.d_ffn <= WIDEST else ()
+
+
+def per_neuron(cfg: ParentConfig) -> int:
+    """Parameters that one neuron of an MLP has: its columns, its bias, its row."""
+    tree = models.abstract_params(cfg)
+    *makers, reader = (models.leaf_of(tree, n) for n in models.FAMILY[cfg.family].MLP)
+    made = sum(leaf["kernel"].shape[-2] + ("bias" in leaf) for leaf in makers)
+    return made + reader["kernel"].shape[-1]
+
+
+def refitted(leaf: dict, pruning: Pruning, k: int) -> dict:
+    """The map that reads the neurons of one layer, refitted to k of them: in its shape, the rows
+    of the others zero."""
+    kept_K, down_KO, shift_O = pruning.repaired(k, leaf["kernel"])
+    kernel_FO = np.zeros(leaf["kernel"].shape)
+    kernel_FO[kept_K] = down_KO
+    new = {**leaf, "kernel": jnp.asarray(kernel_FO, leaf["kernel"].dtype)}
+    if "bias" in leaf:
+        new["bias"] = jnp.asarray(leaf["bias"] + shift_O, leaf["bias"].dtype)
+    return new
 
 
 def apply(

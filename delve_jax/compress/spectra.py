@@ -7,20 +7,19 @@ layer, its Grams, and the activations of one boundary.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-import operator
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
+from .. import metrics
 from ..config import DelveError, ParentConfig
-from . import baselines, factorize, vocab
+from . import baselines, factorize, prune, vocab
 from .allocate import Map
 from .factorize import Array, Factors
 from .moments import HeadMoments, Moments, Sweep
@@ -30,13 +29,14 @@ FLOOR = float(np.finfo(np.float32).eps)  # of a spectrum: the Grams were summed 
 
 
 class Recipe(NamedTuple):
-    """How one map is factored: what the sweep collects, and the two functions that use it."""
+    """How one map is factored: what the sweep collects, and the functions that use it."""
 
     activations: bool  # plain SVD needs none
     metric: bool  # gradients, for the two-sided form
     inputs: bool  # Grams over the inputs of every map
     body: Callable  # (kernel_IO, rank, Moments | None, bias_O | None) -> Factors
     table: Callable  # (name, kernel, rank, HeadMoments | None, p_V | None, tied) -> Factors
+    neurons: Callable | None = None  # (kernel_FO, Moments, has a bias) -> Pruning
 
 
 def recipe(method: str, metric: bool = True, centred: bool = True) -> Recipe:
@@ -61,7 +61,13 @@ def recipe(method: str, metric: bool = True, centred: bool = True) -> Recipe:
             grad=m.grad, floor=FLOOR,
         )  # fmt: skip
 
-    return Recipe(True, metric, False, body, _table)
+    def neurons(w, m: Moments, has_bias: bool):
+        return prune.ordered(
+            m.inputs, w, mean_F=m.mean_I if centred and has_bias else None, grad_OO=m.grad,
+            floor=FLOOR,
+        )  # fmt: skip
+
+    return Recipe(True, metric, False, body, _table, neurons)
 
 
 def _table(name, kernel, rank, head: HeadMoments, p_V, tied) -> Factors:
@@ -96,23 +102,41 @@ class InMemory:
     """A parent whose parameters are all there, as a source of layers."""
 
     def __init__(self, cfg: ParentConfig, params: dict):
-        self.cfg, self._params = cfg, params
+        self.cfg = cfg
+        # a slice of a CPU device's array would be compiled, once for every shape
+        on_host = jax.default_backend() == "cpu"
+        self._params = jax.tree.map(np.asarray, params) if on_host else params
 
     def outer(self) -> dict:
         """Everything but the layers."""
-        return {name: tree for name, tree in self._params.items() if name != "layers"}
+        outer = {name: tree for name, tree in self._params.items() if name != "layers"}
+        return jax.tree.map(jax.device_put, outer)
 
     def layer(self, index: int) -> dict:
         """The parameters of one layer."""
-        return jax.tree.map(operator.itemgetter(index), self._params["layers"])
+        return jax.tree.map(lambda a: jax.device_put(a[index]), self._params["layers"])
 
-    def fingerprint(self) -> str:
-        """sha256 of all parameters."""
-        digest = hashlib.sha256()
-        for path, leaf in jax.tree.leaves_with_path(self._params):
-            digest.update(f"{jax.tree_util.keystr(path)}{leaf.shape}{leaf.dtype}".encode())
-            digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
-        return digest.hexdigest()
+
+def fingerprint(source, tick=lambda: None) -> str:
+    """sha256 of all parameters, the same wherever they come from; DelveError where one is NaN.
+
+    Checked before anything runs: after the passes a NaN would name the head alone.
+    """
+    digest = hashlib.sha256()
+    for index in range(-1, source.cfg.n_layers):
+        tree = source.outer() if index < 0 else source.layer(index)
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            name, a = jax.tree_util.keystr(path, simple=True, separator="/"), np.asarray(leaf)
+            digest.update(f"{index} {name} {a.shape} {a.dtype}".encode())
+            digest.update(np.ascontiguousarray(a).reshape(-1).view(np.uint8).data)
+            if not np.isfinite(a).all():
+                name = name.removesuffix("/kernel")
+                where = f"map {name}" if index < 0 else f"layer {index}, map {name}"
+                raise DelveError(
+                    f"{where}: NaN or Inf in the weights; the source checkpoint is damaged"
+                )
+        tick()
+    return digest.hexdigest()
 
 
 def at(tree: dict, name: str) -> dict:
@@ -126,19 +150,26 @@ class Spectra:
     """All factors of a parent under one recipe, from `folder` or made now.
 
     body, tables: the maps that can be factored. tokens_NT: calibration windows (None: not needed).
+    mlp: maps of the MLP whose neurons are put in order as well, the one that reads them last.
     """
 
     def __init__(self, source, body: list[Map], tables: list[Map], tokens_NT, folder: Path,
-                 how: Recipe, key: dict, seed: int = 0, progress: bool = True):  # fmt: skip
+                 how: Recipe, key: dict, seed: int = 0, progress: bool = True,
+                 mlp: tuple[str, ...] = ()):  # fmt: skip
         self.source, self.cfg, self.how, self.folder = source, source.cfg, how, Path(folder)
-        self.body, self.tables = body, tables
+        self.body, self.tables, self.mlp = body, tables, mlp
         self.sweep = None
         self.tokens = tokens_NT
         if how.activations:
-            self.sweep = Sweep(source, tokens_NT, self.folder, inputs=how.inputs, seed=seed)
+            inputs = how.inputs or mlp[-1:]
+            self.sweep = Sweep(source, tokens_NT, self.folder, inputs=inputs, seed=seed)
+        self.bar = functools.partial(metrics.progress, unit="layer", hide=not progress)
+        self._kept = (None, {})  # the factors read last: candidates of one map come together
         windows = None if tokens_NT is None else hashlib.sha256(tokens_NT.tobytes()).hexdigest()
-        self._claim({**key, "seed": seed, "parent": source.fingerprint(), "tokens": windows})
-        self._make(progress)
+        with self.bar(self.cfg.n_layers + 1, "read the weights") as bar:
+            parent = fingerprint(source, bar.update)
+        self._claim({**key, "seed": seed, "parent": parent, "tokens": windows})
+        self._make()
 
     def _claim(self, key: dict) -> None:
         """Refuse a folder that was made from something else."""
@@ -149,52 +180,50 @@ class Spectra:
                              "remove it or name another folder")  # fmt: skip
         file.write_text(text)
 
-    def _make(self, progress: bool) -> None:
-        L, steps = self.cfg.n_layers, self.cfg.n_layers + 1
+    def _make(self) -> None:
+        L = self.cfg.n_layers
         missing = [i for i in range(L) if not self._file(i).exists()]
-        tables = [m for m in self.tables if not self._file(m.name).exists()]
-        if not missing and not tables:
+        whole = all(self._file(m.name).exists() for m in self.tables)
+        if not missing and whole and (not self.how.metric or self._file("lookups").exists()):
             return
-        two = self.how.metric
-        with tqdm(total=steps + two * steps, desc="compress", unit="layer", file=sys.stderr,
-                  disable=not progress) as bar:  # fmt: skip
-            if not self.how.activations:
-                for i in range(L):
-                    self._layer(i, None)
-                    bar.update()
-                self._tables(None)
-            elif two:
-                self._two_sided(bar)
-            else:
-                for where, sown in self.sweep.forward():
-                    if where == "head":
-                        self._tables(sown)
-                    elif not self._file(where).exists():
-                        self._layer(where, sown)
-                    bar.update()
+        if self.how.metric:
+            head = self._two_sided(missing)
+        else:
+            with self.bar(L, "factors") as bar:
+                for i, sown in self.sweep.forward() if self.sweep else ((i, None) for i in missing):
+                    if i == "head":
+                        head = sown
+                    elif i in missing:
+                        self._layer(i, sown)
+                    bar.update(i != "head")
+            head = head if self.sweep else None
+        self._tables(head)
+        if self.how.metric:
+            self.sweep.drop(-1)
 
-    def _two_sided(self, bar) -> None:
+    def _two_sided(self, missing: list[int]) -> HeadMoments:
         """Forward once, keeping boundaries; then from the head back to the first layer."""
         done = self._file("moments")
-        last = min((i for i in range(self.cfg.n_layers) if self._file(i).exists()),
-                   default=self.cfg.n_layers)  # fmt: skip
         if not done.exists():
-            for i in range(self.cfg.n_layers):  # after the passes a NaN would name the head alone
-                layer = self.source.layer(i)
-                for m in self.body:
-                    _finite(np.asarray(at(layer, m.name)["kernel"]), f"layer {i}, map {m.name}")
-            self.sweep.boundaries(bar.update)
-            gram, abs_D, mean_p_V = self.sweep.head()
+            with self.bar(self.cfg.n_layers + 1, "forward") as bar:
+                self.sweep.boundaries(bar.update)
+            with self.bar(self.tokens.size, "head", unit="token") as bar:
+                gram, abs_D, mean_p_V = self.sweep.head(bar.update)
             _write(done, gram=gram, abs=abs_D, p=mean_p_V)
-        for i in range(last - 1, -1, -1):
-            self._layer(i, self.sweep.layer(i))
-            self.sweep.drop(i)
-            bar.update()
-        with np.load(done) as kept:
-            head = HeadMoments(kept["gram"], kept["abs"], kept["p"], self.sweep.embed_grad())
-        self._tables(head)
-        self.sweep.drop(-1)
-        bar.update()
+        with self.bar(self.cfg.n_layers, "back, factors") as bar:
+            bar.update(self.cfg.n_layers - len(missing))
+            for i in reversed(missing):
+                self._layer(i, self.sweep.layer(i))
+                self.sweep.drop(i)
+                bar.update()
+        if not self._file("lookups").exists():
+            _write(self._file("lookups"), grad=self.sweep.embed_grad())
+        return self.head()
+
+    def head(self) -> HeadMoments:
+        """Moments of the vocabulary tables, of a recipe with a metric."""
+        with np.load(self._file("moments")) as kept, np.load(self._file("lookups")) as rows:
+            return HeadMoments(kept["gram"], kept["abs"], kept["p"], rows["grad"])
 
     def _layer(self, index: int, sown: dict[str, Moments] | None) -> None:
         layer, out = self.source.layer(index), {}
@@ -202,25 +231,29 @@ class Spectra:
             leaf = at(layer, m.name)
             kernel = np.asarray(leaf["kernel"]).astype(np.float64)
             bias = np.asarray(leaf["bias"], np.float64) if "bias" in leaf else None
-            _finite(kernel, f"layer {index}, map {m.name}")
             moments = None if sown is None else sown[m.name]
             fit = self.how.body(kernel, m.max_rank, moments, bias)
             # the mean only where the bias takes up what is lost on it
             shifted = fit.bias_O is not None and not np.array_equal(fit.bias_O, bias)
             out |= _pack(m.name, fit, moments.mean_I if shifted else None)
+            if moments is not None and moments.grad is not None:  # for the second pass
+                out[f"grad:{m.name}"] = moments.grad.astype(np.float32)
+        if self.mlp:
+            leaf = at(layer, self.mlp[-1])
+            order = self.how.neurons(leaf["kernel"], sown[self.mlp[-1]], "bias" in leaf)
+            out |= {f"neurons:{k}": a for k, a in order.packed().items()}
         _write(self._file(index), **out)
 
     def _tables(self, head: HeadMoments | None) -> None:
-        outer = self.source.outer()
         p_V = None if self.tokens is None else vocab.frequencies(self.tokens, self.cfg.vocab_size)
-        for m in self.tables:
-            if self._file(m.name).exists():
-                continue
-            kernel = np.asarray(outer[m.name]["kernel"])
-            _finite(kernel, f"table {m.name}")
-            tied = self.cfg.tie_embeddings
-            fit = self.how.table(m.name, kernel, m.max_rank, head, p_V, tied)
-            _write(self._file(m.name), **_pack(m.name, fit, None))
+        with self.bar(len(self.tables), "tables", unit="table") as bar:
+            for m in self.tables:
+                if not self._file(m.name).exists():
+                    kernel = np.asarray(self.source.outer()[m.name]["kernel"])
+                    tied = self.cfg.tie_embeddings
+                    fit = self.how.table(m.name, kernel, m.max_rank, head, p_V, tied)
+                    _write(self._file(m.name), **_pack(m.name, fit, None))
+                bar.update()
 
     def _file(self, what: int | str) -> Path:
         name = f"layer-{what:04d}" if isinstance(what, int) else what
@@ -242,18 +275,29 @@ class Spectra:
 
     def factors(self, name: str, layer: int, rank: int, kernel_IO=None) -> Factors:
         """Factors of a map at a rank, as a slice; bias_O is what to ADD to its bias (or None)."""
-        with np.load(self._file(name if name in TABLES else layer)) as kept:
-            v, u = kept[f"{name}:v"][:, :rank], kept[f"{name}:u"][:rank]
-            shift = None
-            if f"{name}:mean" in kept:
-                mean_I = kept[f"{name}:mean"]
-                shift = mean_I @ np.asarray(kernel_IO, np.float64) - (mean_I @ v) @ u
-            return Factors(v, u, shift, kept[f"{name}:spectrum"])
+        if self._kept[0] != (name, layer):
+            self._kept = (None, {})  # two tables' factors at once are a gigabyte
+            with np.load(self._file(name if name in TABLES else layer)) as file:
+                of_map = [key for key in file.files if key.startswith(f"{name}:")]
+                arrays = {key.removeprefix(f"{name}:"): file[key] for key in of_map}
+            self._kept = ((name, layer), arrays)
+        kept = self._kept[1]
+        v, u, shift = kept["v"][:, :rank], kept["u"][:rank], None
+        if "mean" in kept:
+            shift = kept["mean"] @ np.asarray(kernel_IO, np.float64) - (kept["mean"] @ v) @ u
+        return Factors(v, u, shift, kept["spectrum"])
 
+    def grads(self, layer: int) -> dict[str, Array]:
+        """{map: the metric that it was factored in, as in `Moments.grad`}; {} without a metric."""
+        with np.load(self._file(layer)) as kept:
+            names = [key for key in kept.files if key.startswith("grad:")]
+            return {key.removeprefix("grad:"): kept[key] for key in names}
 
-def _finite(kernel: Array, where: str) -> None:
-    if not np.isfinite(kernel).all():
-        raise DelveError(f"{where}: NaN or Inf in the weights; the source checkpoint is damaged")
+    def pruning(self, layer: int) -> prune.Pruning:
+        """The neurons of a layer's MLP in order."""
+        with np.load(self._file(layer)) as kept:
+            names = [k for k in kept.files if k.startswith("neurons:")]
+            return prune.Pruning(**{k.removeprefix("neurons:"): kept[k] for k in names})
 
 
 def _pack(name: str, fit: Factors, mean_I) -> dict[str, Array]:

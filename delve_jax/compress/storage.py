@@ -143,6 +143,11 @@ def convert(cfg: Config, params: dict, form: str) -> tuple[Config, dict]:
     if form not in STORAGES:
         raise DelveError(f"--storage {form}: unknown; available are {', '.join(STORAGES)}")
     if cfg.family == "delve":
+        if cfg.codes and form != "uv":
+            raise DelveError(
+                f"--storage {form}: the streams share their vocabulary tables, which have the uv "
+                "form alone; convert the parents before they are fused, or fuse without --codes"
+            )
         pairs = {n: convert(sub, params["streams"][n], form) for n, sub in cfg.streams}
         cfg = dataclasses.replace(cfg, streams=tuple((n, c) for n, (c, _) in pairs.items()))
         return cfg, {**params, "streams": {n: p for n, (_, p) in pairs.items()}}

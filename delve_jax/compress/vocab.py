@@ -1,21 +1,22 @@
 """Factors of the vocabulary tables (compression.md section 7), by D x D eigenproblems only.
 
 Input table: lookups weighted by token frequency p. Head: diag(p) - p p^T on the logits (the Fisher
-metric of a unigram model) and the moments of the head's inputs. Tied table: both at once.
+metric of a unigram model) and the moments of the head's inputs. Tied table: both at once. Parents
+with one tokenizer can share the factor that is as long as the vocabulary.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from scipy.linalg import block_diag
 
-from .factorize import Array, Factors, balance, factor
+from .factorize import DAMPING, ROWS, Array, Factors, balance, damped, factor
 
 SMOOTH = 1e-6  # added to every frequency: about what an unseen word of a 50k vocabulary has
 # Weights are p^0.75: a rare word's error costs more than its frequency says. On the RWKV proxy at
 # 1.6M tokens, table rank 61 of 128, nll for exponents 0.25, 0.5, 0.75, 1: input table 4.814, 4.798,
 # 4.795, 4.804 (plain SVD 4.830), head 4.816, 4.815, 4.819, 4.823 (4.839).
 TEMPER = 0.75
-ROWS = 8192  # rows held in float64 at a time
 
 
 def frequencies(tokens: Array, vocab_size: int) -> Array:
@@ -54,11 +55,13 @@ def factor_head(kernel_DV: Array, gram_DD: Array, w_V: Array, rank: int) -> Fact
     softmax sees, and a large useless direction goes. What is left is the optimum for the metric
     diag(w) - w w^T; w_V are weights of the words, best from the mean prediction.
     """
-    w_DV = np.asarray(kernel_DV, np.float64)
+    w_DV = np.array(kernel_DV, np.float64)  # in place from here on: it may be gigabytes
     s_V = np.sqrt(w_V)
-    w_DV = (w_DV - (w_DV @ w_V)[:, None]) * s_V
+    w_DV -= (w_DV @ w_V)[:, None]
+    w_DV *= s_V
     fit = factor(w_DV, rank, gram_DD, over="inputs")
-    v_DK, u_KV = balance(fit.v_IK, fit.u_KO / s_V)
+    del w_DV
+    v_DK, u_KV = balance(fit.v_IK, np.divide(fit.u_KO, s_V, out=fit.u_KO), in_place=True)
     return fit._replace(v_IK=v_DK, u_KO=u_KV)
 
 
@@ -78,3 +81,36 @@ def factor_tied(
     alpha = np.sum(rows_DD * gram_DD) / max(np.trace(rows_DD), 1e-300) or 1.0
     metric_DD = alpha * np.eye(len(gram_DD)) + gram_DD
     return factor(table_VD, rank, rows_DD, over="outputs", grad=metric_DD, damping=0.0)
+
+
+def shared_embed(
+    tables_VD: list[Array], w_V: Array, rank: int, grads_DD: list[Array]
+) -> tuple[Array, list[Array], Array]:
+    """Common codes of the input tables of parents with one tokenizer: E_p ~ c_VK u_p.
+
+    -> (c_VK, [u_KD of each parent], spectrum). Least sum over the parents of the lookup errors
+    weighted by w_V and by each parent's own metric grads_DD, so that all are in nats: the one
+    closed form on the tables side by side. V K + K sum D numbers (hybrid.md section 6).
+    """
+    wide_VO = np.concatenate(tables_VD, axis=1)
+    metric = block_diag(*(damped(g, np.eye(len(g)), DAMPING) for g in grads_DD))
+    gram = row_gram(wide_VO, w_V)
+    fit = factor(wide_VO, rank, gram, over="outputs", grad=metric, damping=0.0)
+    return fit.v_IK, _split(fit.u_KO, tables_VD, axis=1), fit.spectrum
+
+
+def shared_head(
+    kernels_DV: list[Array], grams_DD: list[Array], w_V: Array, rank: int
+) -> tuple[list[Array], Array, Array]:
+    """Common codes of the heads: W_p ~ v_p c_KV -> ([v_DK of each parent], c_KV, spectrum).
+
+    As `factor_head` on the kernels on top of each other; grams_DD are E[f f^T] of each parent's
+    own head inputs (hybrid.md section 7). Exact at rank sum D up to a constant per position.
+    """
+    fit = factor_head(np.concatenate(kernels_DV), block_diag(*grams_DD), w_V, rank)
+    return _split(fit.v_IK, kernels_DV, axis=0), fit.u_KO, fit.spectrum
+
+
+def _split(joint: Array, parts: list[Array], axis: int) -> list[Array]:
+    """The parents' pieces of a factor, in the order of `parts`."""
+    return np.split(joint, np.cumsum([p.shape[axis] for p in parts])[:-1], axis=axis)

@@ -142,7 +142,10 @@ def head_params(cfg: Config, params: dict) -> dict:
     """The part of the tree that `head` reads: a loss can differentiate it chunk by chunk."""
     if cfg.family == "delve":
         streams = {n: head_params(sub, params["streams"][n]) for n, sub in cfg.streams}
-        return {"streams": streams, **{k: params[k] for k in ("pool", "gate") if k in params}}
+        out = {"streams": streams, **{k: params[k] for k in ("pool", "gate") if k in params}}
+        if cfg.codes:
+            out["codes"] = {k: p for k, p in params["codes"].items() if k == "head"}
+        return out
     name = "head" if "head" in params else "embed"
     return {name: params[name]}
 
@@ -196,6 +199,12 @@ def _init_parent(cfg: ParentConfig, key: jax.Array) -> dict:
     if not cfg.tie_embeddings:
         head = Linear(cfg.vocab_rows, cfg.factored("head"), False, of_head)
         params["head"] = head.init(k_head, x)["params"]
+    for name, ranks in cfg.ranks:
+        if cfg.storage == "uv" and min(ranks) < max(1, *ranks):  # zero beyond a layer's own rank
+            leaf = leaf_of(params, name)
+            inside_LK = jnp.arange(max(1, *ranks)) < jnp.array(ranks)[:, None]
+            leaf["v"] = leaf["v"] * inside_LK[:, None]
+            leaf["u"] = leaf["u"] * inside_LK[:, :, None]
     return params
 
 
@@ -262,7 +271,8 @@ def count(cfg: Config) -> int:
     params = abstract_params(cfg)
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     if cfg.family == "delve":
-        return total - sum(_padding(sub, params["streams"][name]) for name, sub in cfg.streams)
+        streams = delve.whole(cfg, params)
+        return total - sum(_padding(sub, streams[name]) for name, sub in cfg.streams)
     return total - _padding(cfg, params)
 
 

@@ -3,7 +3,8 @@
 S superblocks; superblock s runs layers b_p(s) .. b_p(s+1)-1 of every parent p, and before each but
 the first the low-rank hub is the only thing that crosses streams. Pooled head: J = 1 log-linear
 (ordinary logits), J = K probability mixture (log p). Hub (b = 0) and gate (w2 = 0) are exactly
-absent at step 0, so the model starts as the pool of its parents.
+absent at step 0, so the model starts as the pool of its parents. Where the streams share a
+vocabulary table (`codes`), its long factor stands once beside them, and each keeps its short one.
 """
 
 import operator
@@ -14,9 +15,10 @@ from jax import lax
 
 from .. import models
 from ..config import DelveConfig
-from .linear import rms_norm, wide
+from .linear import at_least_f32, linear, rms_norm, wide
 
 HUB_EPS = 1e-6
+LONG = {"embed": "v", "head": "u"}  # the factor of a table that is as long as the vocabulary
 
 
 def boundaries(n_layers: int, n_superblocks: int) -> list[int]:
@@ -36,6 +38,28 @@ def choose_superblocks(depths: list[int]) -> int:
     return min(8, *depths)
 
 
+def whole(cfg: DelveConfig, params: dict) -> dict:
+    """The streams with the tables that they share back where each would have its own."""
+    if not cfg.codes:
+        return params["streams"]
+    shared = params["codes"]  # of what `models.head_params` gives, the head alone
+    return {
+        name: {**p, **{table: {**p[table], **code} for table, code in shared.items()}}
+        for name, p in params["streams"].items()
+    }
+
+
+def apart(cfg: DelveConfig, streams: dict) -> dict:
+    """The way back: {"streams", "codes"} of whole streams, the first one's long factors for all."""
+    if not cfg.codes:
+        return {"streams": streams}
+    first = streams[cfg.names[0]]
+    codes = {table: {LONG[table]: first[table][LONG[table]]} for table in cfg.codes}
+    short = lambda p, table: {k: a for k, a in p[table].items() if k != LONG[table]}  # noqa: E731
+    own = {n: {**p, **{table: short(p, table) for table in cfg.codes}} for n, p in streams.items()}
+    return {"streams": own, "codes": codes}
+
+
 def hub(cfg: DelveConfig, p: dict, h: dict) -> dict:
     """z = sum_q rms(h_q) A_q;  h_p += sigma_p ((g_p z) B_p), all streams at once (hybrid.md §5)."""
     p = {n: jax.tree.map(lambda a, n=n: a.astype(h[n].dtype), p[n]) for n in cfg.names}
@@ -51,7 +75,7 @@ def features(
     how: models.Compute = models.F32,
 ):  # fmt: skip
     """Run all streams -> ({name: f_BTD after the stream's final norm}, state)."""
-    S, streams = cfg.n_superblocks, params["streams"]
+    S, streams = cfg.n_superblocks, whole(cfg, params)
     h, ctx, book, layers, caches, bounds = {}, {}, {}, {}, {}, {}
     for n, sub in cfg.streams:
         old = None if state is None else state[n]
@@ -109,10 +133,15 @@ def gate(cfg: DelveConfig, p: dict, f: dict) -> jax.Array:
     return jax.nn.silu(jnp.concatenate(parts, axis=-1) @ wide(p["w1"])) @ wide(p["w2"])
 
 
+def loglinear_weights(pool: dict, delta_BTK) -> jax.Array:
+    """Weights of the log-linear pool under the gate: at most e^2 times the static ones."""
+    return pool["a"] * jnp.exp(2 * jnp.tanh(delta_BTK / 2))
+
+
 def pool_logits(cfg: DelveConfig, pool: dict, delta_BTK, logits: list[jax.Array]) -> jax.Array:
     """Per-stream logits [.., V] -> pooled logits (J = 1) or log-probabilities (J = K)."""
     if cfg.latents == 1:
-        a_BTK = pool["a"] * jnp.exp(2 * jnp.tanh(delta_BTK / 2))
+        a_BTK = loglinear_weights(pool, delta_BTK)
         return sum(a_BTK[..., k, None] * ell for k, ell in enumerate(logits))
     log_w = jax.nn.log_softmax(pool["log_pi"] + delta_BTK)
     terms = [log_w[..., k, None] + jax.nn.log_softmax(ell) for k, ell in enumerate(logits)]
@@ -121,15 +150,27 @@ def pool_logits(cfg: DelveConfig, pool: dict, delta_BTK, logits: list[jax.Array]
 
 def stream_logits(cfg: DelveConfig, params: dict, f: dict) -> list[jax.Array]:
     """Each stream's own logits, in the order of the streams."""
-    return [models.head_logits(sub, params["streams"][n], f[n]) for n, sub in cfg.streams]
+    streams = whole(cfg, params)
+    return [models.head_logits(sub, streams[n], f[n]) for n, sub in cfg.streams]
 
 
 def head(cfg: DelveConfig, params: dict, f: dict) -> jax.Array:
     """Features of all streams -> pooled logits; see `models.head`."""
-    logits = stream_logits(cfg, params, f)
+    delta_BTK = jnp.zeros(len(f), at_least_f32(f[cfg.names[0]].dtype))
     if cfg.gate_proj:
-        return pool_logits(cfg, params["pool"], gate(cfg, params["gate"], f), logits)
-    return pool_logits(cfg, params["pool"], jnp.zeros(len(logits), logits[0].dtype), logits)
+        delta_BTK = gate(cfg, params["gate"], f)
+    if cfg.latents == 1 and "head" in cfg.codes:  # pooled as codes: one product with the long side
+        a_BTK = loglinear_weights(params["pool"], delta_BTK)
+        z_BTr = sum(
+            a_BTK[..., k, None] * wide(linear({"kernel": params["streams"][n]["head"]["v"]}, f[n]))
+            for k, n in enumerate(cfg.names)
+        )
+        u_rV = params["codes"]["head"]["u"]
+        dtype = f[cfg.names[0]].dtype
+        return jnp.matmul(
+            z_BTr.astype(dtype), u_rV.astype(dtype), preferred_element_type=z_BTr.dtype
+        )
+    return pool_logits(cfg, params["pool"], delta_BTK, stream_logits(cfg, params, f))
 
 
 def init_joints(cfg: DelveConfig, key: jax.Array) -> dict:
@@ -166,4 +207,4 @@ def init_params(cfg: DelveConfig, key: jax.Array) -> dict:
     """Random parents and neutral joints."""
     k_joint, *keys = jax.random.split(key, len(cfg.streams) + 1)
     streams = {n: models.init_params(sub, k) for (n, sub), k in zip(cfg.streams, keys, strict=True)}
-    return {"streams": streams, **init_joints(cfg, k_joint)}
+    return {**apart(cfg, streams), **init_joints(cfg, k_joint)}

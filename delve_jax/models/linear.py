@@ -204,7 +204,9 @@ class Linear(nn.Module):
         y = self.perturb("out", linear(p, x))
         if self.is_mutable_collection("moments") and not self.is_initializing():
             sums = moments(x, y)
-            if self.is_mutable_collection("inputs"):
+            # of every map, or of those that are named
+            asked = ("inputs", "inputs " + "/".join(self.path))
+            if any(map(self.is_mutable_collection, asked)):
                 x_NI = wide(x.reshape(-1, x.shape[-1]))
                 sums["inputs"] = jnp.matmul(x_NI.T, x_NI, precision=HIGHEST)
             for name, value in sums.items():

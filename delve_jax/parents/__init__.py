@@ -11,9 +11,10 @@ from pathlib import Path
 
 from .. import checkpoint
 from ..config import DelveError, read_json
+from .layerwise import Files, Saved
 from .stock import describe, export_stock, family_of, load_stock
 
-__all__ = ["commit", "describe", "detect", "export_stock", "load", "peek", "resolve"]
+__all__ = ["commit", "describe", "detect", "export_stock", "load", "open_layers", "peek", "resolve"]
 
 _HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _KEEP = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
@@ -109,3 +110,17 @@ def load(src: str | Path, dtype: str | None = None, mesh=None):
 
         return read_exported_delve(path, dtype, mesh)
     return load_stock(path, dtype, mesh)
+
+
+def open_layers(src: str | Path):
+    """A parent as a source that reads layer by layer (see `layerwise`), with `.tokenizer`.
+
+    float32, the vocabulary cut to its valid ids. None where a source can only be read as a whole:
+    an exported DELVE, a run under way, a checkpoint written before layers were chunks of files.
+    """
+    kind, path = detect(src), resolve(src)
+    if kind == "checkpoint":
+        parent = checkpoint.load_config(path).family != "delve"
+        arrays = checkpoint.layerwise(path) if parent else None
+        return arrays and Saved(path, arrays)
+    return None if kind == "delve" else Files(path)

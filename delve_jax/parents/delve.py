@@ -1,12 +1,14 @@
 """Names of an exported DELVE: the one table between its torch tensors and our tree, both ways.
 
 Torch names count streams and layers (`streams.0.layers.3.in_proj.u.weight`); a torch layer has its
-own true rank, while our stacked factors are zero beyond it.
+own true ranks and MLP width, while our stacked arrays are zero beyond them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +26,12 @@ VOCABULARY = {  # (map, leaf) -> torch name, view, axis that the rank cuts
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One torch tensor: `leaf[layer]`, cut to its true rank along `axis`, as torch turns it."""
+    """One torch tensor: `leaf[layer]`, cut to its true size along each axis, as torch turns it."""
 
     key: str
     path: tuple[str, ...]  # of the leaf in our tree
     layer: int | None = None
-    axis: int | None = None
-    rank: int | None = None
+    size: tuple[int | None, ...] = ()  # None: the whole axis
     view: str = "same"  # "same", "transpose" or "conv"
 
     def to_torch(self, leaf: np.ndarray) -> np.ndarray:
@@ -45,9 +46,13 @@ class Entry:
 
     def _slot(self, leaf):
         x = leaf if self.layer is None else leaf[self.layer]
-        if self.rank is None:
-            return x
-        return x[:, : self.rank] if self.axis == 1 else x[: self.rank]
+        return x[tuple(map(slice, self.size))] if self.size else x
+
+    def elements(self, shape: tuple[int, ...]) -> int:
+        """Numbers that the tensor of a leaf of this shape has."""
+        shape = shape if self.layer is None else shape[1:]
+        cut = (n if size is None else size for n, size in zip_longest(shape, self.size))
+        return math.prod(cut)
 
 
 def leaves(tree: dict, path: tuple[str, ...] = ()):
@@ -62,6 +67,24 @@ def leaf_at(tree: dict, path: tuple[str, ...]):
     for name in path:
         tree = tree[name]
     return tree
+
+
+def _true_size(cfg: ParentConfig, path: tuple[str, ...], layer: int, axis: int | None):
+    """What of a leaf of one parent's layer is no padding: its rank along `axis`, its neurons."""
+    from .. import models
+
+    *module, name = path
+    where, size = "/".join(module), [None, None]
+    if axis is not None and (ranks := cfg.rank(where)) is not None:
+        size[axis] = ranks[layer]
+    mlp = models.FAMILY[cfg.family].MLP if cfg.neurons else ()
+    if where in mlp:  # all but the last of its maps make the neurons
+        along = {"kernel": 0, "v": 0} if where == mlp[-1] else {"kernel": 1, "u": 1, "bias": 0}
+        if name in along:
+            size[along[name]] = cfg.neurons[layer]
+    while size and size[-1] is None:
+        size.pop()
+    return tuple(size)
 
 
 def _stream_leaf(cfg: ParentConfig, path: tuple[str, ...]) -> tuple[str, str, int | None]:
@@ -95,6 +118,9 @@ def entries(cfg: DelveConfig) -> list[Entry]:
         room = path[0]
         if room == "pool":
             out.append(Entry("pool", path))
+        elif room == "codes":  # [V, r] as torch has an embedding, and a linear map to V outputs
+            view = "same" if path[1] == "embed" else "transpose"
+            out.append(Entry(f"codes.{path[1]}.weight", path, view=view))
         elif room == "hub":
             out.append(Entry(f"hub.{index[path[1]]}.{path[2]}", path))
         elif room == "gate" and cfg.gate_proj:
@@ -105,11 +131,10 @@ def entries(cfg: DelveConfig) -> list[Entry]:
             prefix, inner = f"streams.{index[path[1]]}", path[2:]
             stacked = inner[0] == "layers"
             module, view, axis = _stream_leaf(sub, inner[stacked:])
-            ranks = None if axis is None else sub.rank("/".join(inner[stacked:-1]))
             for layer in range(sub.n_layers) if stacked else [None]:
-                rank = None if ranks is None else ranks[layer or 0]
+                size = _true_size(sub, inner[stacked:], layer or 0, axis)
                 middle = f".layers.{layer}." if stacked else "."
-                out.append(Entry(f"{prefix}{middle}{module}", path, layer, axis, rank, view))
+                out.append(Entry(f"{prefix}{middle}{module}", path, layer, size, view))
     return out
 
 

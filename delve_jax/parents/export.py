@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import Config, DelveConfig, DelveError, read_json, to_json
+from ..config import Config, DelveConfig, DelveError, ParentConfig, read_json, to_json
+from ..models.delve import whole
 from .delve import entries, leaf_at, leaves, read_exported_delve
 
 __all__ = ["densify", "export_hf", "read_exported_delve", "verify_hf", "write_tokenizer"]
@@ -53,8 +54,9 @@ def densify(cfg: DelveConfig, params: dict) -> tuple[DelveConfig, dict]:
         return {name: walk(sub) for name, sub in tree.items()}
 
     streams = tuple((name, dataclasses.replace(sub, ranks=())) for name, sub in cfg.streams)
-    dense = {**params, "streams": walk(params["streams"])}
-    return dataclasses.replace(cfg, streams=streams), dense
+    dense = {**params, "streams": walk(whole(cfg, params))}
+    dense.pop("codes", None)
+    return dataclasses.replace(cfg, streams=streams, codes=()), dense
 
 
 def _dtype(params: dict) -> str:
@@ -104,9 +106,7 @@ def _write_tensors(folder: Path, cfg: DelveConfig, params: dict) -> None:
     total, sizes = 0, {}
     for entry in entries(cfg):
         leaf = leaf_at(params, entry.path)
-        cut = 1 if entry.rank is None else entry.rank / leaf.shape[-1 if entry.axis == 1 else -2]
-        count = leaf.size if entry.layer is None else leaf.size // leaf.shape[0]
-        sizes[entry.key] = round(count * cut) * leaf.dtype.itemsize
+        sizes[entry.key] = entry.elements(leaf.shape) * leaf.dtype.itemsize
         if shards[-1] and size + sizes[entry.key] > SHARD_BYTES:
             shards.append([])
             size = 0
@@ -213,7 +213,7 @@ def _card(cfg: Config, facts: dict) -> str:
     streams = cfg.streams if cfg.family == "delve" else ((cfg.family, cfg),)
     rows = "\n".join(
         f"| {name} | {sub.family} | {sub.n_layers} | {sub.d_model} | "
-        f"{', '.join(n for n, _ in sub.ranks) or 'none'} |"
+        f"{', '.join(n for n, _ in sub.ranks) or 'none'} | {_neurons(sub)} |"
         for name, sub in streams
     )
     remote = facts["model_type"] == "delve"
@@ -229,12 +229,14 @@ def _card(cfg: Config, facts: dict) -> str:
         f"# {'DELVE' if remote else 'Compressed ' + cfg.family}",
         f"{facts['parameters']:,} parameters, {facts['vocab_size']:,} token ids, "
         f"layout {facts['layout']}, {facts['dtype']}. Written by delve-jax.",
-        "| stream | family | layers | width | factored maps in the checkpoint |\n"
-        f"|---|---|---|---|---|\n{rows}",
+        "| stream | family | layers | width | factored maps in the checkpoint | MLP neurons |\n"
+        f"|---|---|---|---|---|---|\n{rows}",
     ]
     if cfg.family == "delve":
         head = "log-linear pool (ordinary logits)" if cfg.latents == 1 else "mixture (log p)"
         text.append(f"Superblocks: {cfg.n_superblocks}. Hub rank: {cfg.hub_rank}. Head: {head}.")
+        if cfg.codes:
+            text.append(f"Vocabulary tables that the streams share: {', '.join(cfg.codes)}.")
         if cfg.teachers:
             text.append("Made from: " + ", ".join(Path(t).name or t for t in cfg.teachers) + ".")
     text.append(
@@ -253,6 +255,11 @@ def _card(cfg: Config, facts: dict) -> str:
         )
     text.append(f"Check: {check}.")
     return "\n\n".join(text) + "\n"
+
+
+def _neurons(cfg: ParentConfig) -> str:
+    """Of each layer where MLPs were pruned; a stock directory pads them to the widest."""
+    return ", ".join(map(str, cfg.neurons or [getattr(cfg, "d_ffn", 0) or "none"]))
 
 
 def _fingerprint(src: Path, layout: str) -> dict:

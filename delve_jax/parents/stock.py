@@ -21,11 +21,11 @@ from jax.sharding import SingleDeviceSharding
 
 from .. import checkpoint, parallel
 from ..config import DelveError, ParentConfig, read_json
-from . import mamba, neox, rwkv
+from . import mamba, neox, qwen3, rwkv
 from .io import SAFE_NAMES, SHARD_BYTES, Source, weight_files, write_safetensors
 from .rows import Fields, Row, copy
 
-FAMILIES = {"mamba": mamba, "rwkv": rwkv, "neox": neox}
+FAMILIES = {"mamba": mamba, "rwkv": rwkv, "neox": neox, "qwen3": qwen3}
 MODEL_TYPES = {module.MODEL_TYPE: name for name, module in FAMILIES.items()}
 DTYPES = {np.dtype(t).name: np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16)}
 
@@ -230,26 +230,27 @@ def load_stock(path: Path, dtype: str | None = None, mesh=None):
         _put(tree, path_, jax.make_array_from_callback(leaf.shape, sharding, callback))
     source.close()
     if cfg.family == "rwkv":
-        _warn_rescaled(cfg, tree, path)
+        norm = jax.jit(lambda x: jnp.sqrt(jnp.sum(x.astype(jnp.float32) ** 2, axis=(1, 2))))
+        layers = tree["layers"]
+        sizes = [norm(leaf["kernel"]) for leaf in (layers["att"]["output"], layers["ffn"]["value"])]
+        warn_rescaled(cfg, np.stack(sizes, 1), path)
     return cfg, tree, tokenizer
 
 
-def _warn_rescaled(cfg: ParentConfig, params: dict, path: Path) -> None:
-    """Transformers' eval forward halves late blocks in place; files saved after it are off."""
+def warn_rescaled(cfg: ParentConfig, size_L2: np.ndarray, path: Path) -> None:
+    """Transformers' eval forward halves late blocks in place; files saved after it are off.
+
+    size_L2: norms of each layer's attention output and channel-mix value.
+    """
     every = json.loads(cfg.hf_config).get("rescale_every", 6)
     edges = range(every, cfg.n_layers, every) if isinstance(every, int) and every > 0 else ()
-    if not edges:
-        return
-    norm = jax.jit(lambda x: jnp.sqrt(jnp.sum(x.astype(jnp.float32) ** 2, axis=(1, 2))))
-    for leaf in (params["layers"]["att"]["output"], params["layers"]["ffn"]["value"]):
-        size_L = np.asarray(norm(leaf["kernel"]))
-        if not all(0.4 < size_L[i] / max(size_L[i - 1], 1e-30) < 0.65 for i in edges):
-            return
-    warnings.warn(
-        f"{path}: attention.output and feed_forward.value halve every {every} blocks: the file was "
-        "probably saved after an eval forward of transformers (rescale_every), fetch the original",
-        stacklevel=2,
-    )
+    ratios = [size_L2[i] / np.maximum(size_L2[i - 1], 1e-30) for i in edges]
+    if ratios and all(((r > 0.4) & (r < 0.65)).all() for r in ratios):
+        warnings.warn(
+            f"{path}: attention.output and feed_forward.value halve every {every} blocks: the file "
+            "was probably saved after an eval forward of transformers (rescale_every), fetch the "
+            "original", stacklevel=2,
+        )  # fmt: skip
 
 
 def _layer(x, i: int) -> np.ndarray:
@@ -284,6 +285,8 @@ def hf_config(cfg: ParentConfig, dtype: str) -> dict:
     raw = json.loads(cfg.hf_config) if cfg.hf_config else family.stock(cfg)
     raw |= {"architectures": [family.ARCHITECTURE], "model_type": family.MODEL_TYPE}
     raw["vocab_size"] = cfg.vocab_rows
+    if cfg.neurons:
+        raw["intermediate_size"] = cfg.d_ffn
     if raw.get("tie_word_embeddings", family.TIED_BY_DEFAULT) != cfg.tie_embeddings:
         raw["tie_word_embeddings"] = cfg.tie_embeddings
     spelled = [key for key in ("dtype", "torch_dtype") if key in raw]

@@ -214,11 +214,13 @@ def heal(
     workdir: Path,
     eot: int | None = None,
     kl_weight: float = 0.5,
+    weights: list[float] | None = None,
 ) -> tuple[dict, dict]:
     """-> (healed parameters, report); an interrupted run resumes from `workdir`.
 
     make() -> float32 parameters on `mesh`, called unless there is a state to resume.
-    open_data(T, batch, shard, shards) -> grain dataset. teachers: (config, params) each.
+    open_data(T, batch, shard, shards) -> grain dataset. teachers: (config, params) each; weights:
+    of their log-linear pool (None: fitted on the first windows, which can sharpen a lone teacher).
     """
     settings = settings.checked(mesh)
     T = settings.row_length(cfg)
@@ -227,13 +229,15 @@ def heal(
         configs = tuple(c for c, _ in teachers)
         if len({cfg.vocab_size, *(c.vocab_size for c in configs)}) > 1:
             raise DelveError("--teachers: their vocabulary is not that of the model to heal")
-        weights, how_fitted = _teacher_weights(configs, teachers, open_data, T)
+        how_fitted = {"teacher_weights_from": "given"}
+        if weights is None:
+            weights, how_fitted = _teacher_weights(configs, teachers, open_data, T)
         frozen = {
             "weights": jnp.asarray(weights, jnp.float32),
             "teachers": tuple(p for _, p in teachers),
         }
-        report = {"objective": "ce+kl", "kl_weight": kl_weight, "teacher_weights": list(weights),
-                  **how_fitted}  # fmt: skip
+        report = {"objective": "kl" if kl_weight == 1 else "ce+kl", "kl_weight": kl_weight,
+                  "teacher_weights": list(weights), **how_fitted}  # fmt: skip
     loss = _loss(cfg, configs, settings, mesh, eot, kl_weight)
     dataset = open_data(T, settings.batch, *parallel.feed(mesh, settings.batch))
     params, facts = _train(

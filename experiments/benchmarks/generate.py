@@ -47,8 +47,6 @@ def variants(name, layers):
     small = dataclasses.replace(dense, vocab_rows=dense.vocab_size, ranks=ranks)
     init = lambda cfg: jax.jit(functools.partial(models.init_params, cfg))(jax.random.key(0))  # noqa: E731
     out = {"dense": (dense, init(dense)), "uv": (small, init(small))}
-    # random factors have no zeros beyond a layer's true rank: one conversion there and back cuts
-    out["uv"] = storage.convert(*storage.convert(*out["uv"], "pivot"), "uv")
     for form in ("pivot", "int8"):
         out[form] = storage.convert(*out["uv"], form)
     return {form: LM(*pair) for form, pair in out.items()}

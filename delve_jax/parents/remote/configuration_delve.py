@@ -1,7 +1,8 @@
 """Configuration of an exported DELVE: K expert streams behind one pooled head.
 
 `streams` is a list with one dict per expert: its name, family ("mamba", "rwkv", "neox"), sizes and
-`ranks` (map name -> true rank per layer; a map that is not named there is dense).
+`ranks` (map name -> true rank per layer; a map that is not named there is dense), and, where MLPs
+were pruned, `neurons` (their width in each layer).
 """
 
 from transformers import PretrainedConfig
@@ -26,6 +27,7 @@ class DelveConfig(PretrainedConfig):
         hub_rank=8,
         gate_proj=32,
         gate_hidden=64,
+        codes=(),
         vocab_size=None,
         layout="factored",
         teachers=(),
@@ -39,6 +41,7 @@ class DelveConfig(PretrainedConfig):
         self.hub_rank = hub_rank
         self.gate_proj = gate_proj
         self.gate_hidden = gate_hidden
+        self.codes = list(codes)  # tables, "embed" and "head", that the streams have in common
         self.layout = layout
         self.teachers = list(teachers)
         self.initializer_range = initializer_range

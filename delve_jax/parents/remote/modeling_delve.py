@@ -61,6 +61,28 @@ class LowRankHead(nn.Module):
         return self.table(self.down(f))
 
 
+class SharedTable(nn.Module):
+    """One stream's side of an input table that all share: codes [.., r] to its width."""
+
+    def __init__(self, d_model, rank):
+        super().__init__()
+        self.up = nn.Linear(rank, d_model, bias=False)
+
+    def forward(self, codes):
+        return self.up(codes)
+
+
+class SharedHead(nn.Module):
+    """One stream's side of a head that all share: its features to codes [.., r]."""
+
+    def __init__(self, d_model, rank):
+        super().__init__()
+        self.down = nn.Linear(d_model, rank, bias=False)
+
+    def forward(self, f):
+        return self.down(f)
+
+
 class Norm(nn.Module):
     """RMSNorm or LayerNorm, computed in float32, returned in the dtype of the weights."""
 
@@ -232,7 +254,7 @@ class RwkvChannelMix(nn.Module):
 
     def __init__(self, cfg, layer):
         super().__init__()
-        d, f = cfg["d_model"], cfg["d_ffn"]
+        d, f = cfg["d_model"], neurons(cfg, layer)
         self.mix_k, self.mix_r = (nn.Parameter(torch.ones(d)) for _ in range(2))
         self.key = linear(cfg, "ffn/key", layer, d, f)
         self.value = linear(cfg, "ffn/value", layer, f, d)
@@ -299,8 +321,9 @@ class NeoxMlp(nn.Module):
 
     def __init__(self, cfg, layer):
         super().__init__()
-        self.up = linear(cfg, "mlp/up", layer, cfg["d_model"], cfg["d_ffn"], True)
-        self.down = linear(cfg, "mlp/down", layer, cfg["d_ffn"], cfg["d_model"], True)
+        d, f = cfg["d_model"], neurons(cfg, layer)
+        self.up = linear(cfg, "mlp/up", layer, d, f, True)
+        self.down = linear(cfg, "mlp/down", layer, f, d, True)
 
     def forward(self, h):
         return self.down(F.gelu(self.up(h)))
@@ -330,20 +353,31 @@ def linear(cfg, name, layer, d_in, d_out, bias=False):
     return LowRank(d_in, d_out, ranks[layer], bias)
 
 
+def neurons(cfg, layer):
+    """Width of a layer's MLP: layers that were pruned have their own."""
+    return cfg["neurons"][layer] if cfg.get("neurons") else cfg["d_ffn"]
+
+
 BLOCKS = {"mamba": MambaBlock, "rwkv": RwkvBlock, "neox": NeoxBlock}
 
 
 class Expert(nn.Module):
-    """One stream: embedding, blocks, final norm, head. `first` is its first cache index."""
+    """One stream: embedding, blocks, final norm, head. `first` is its first cache index.
 
-    def __init__(self, cfg, first):
+    shared: the tables, "embed" or "head", of which it has its own side only.
+    """
+
+    def __init__(self, cfg, first, shared=()):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.shared = cfg, shared
         d, rows, family, eps = cfg["d_model"], cfg["vocab_rows"], cfg["family"], cfg["norm_eps"]
         rank = {name: (cfg["ranks"].get(name) or [None])[0] for name in ("embed", "head")}
-        self.embed = (
-            LowRankTable(rows, d, rank["embed"]) if rank["embed"] else nn.Embedding(rows, d)
-        )
+        if "embed" in shared:
+            self.embed = SharedTable(d, rank["embed"])
+        elif rank["embed"]:
+            self.embed = LowRankTable(rows, d, rank["embed"])
+        else:
+            self.embed = nn.Embedding(rows, d)
         if family == "rwkv":
             self.ln0 = Norm(d, eps)
             eps = 1e-5  # the final norm of RWKV-4 ignores the config
@@ -351,21 +385,25 @@ class Expert(nn.Module):
             BLOCKS[family](cfg, layer, first + layer) for layer in range(cfg["n_layers"])
         )
         self.norm_f = Norm(d, eps, rms=family == "mamba")
-        if not cfg["tie_embeddings"]:
+        if "head" in shared:
+            self.head = SharedHead(d, rank["head"])
+        elif not cfg["tie_embeddings"]:
             self.head = (
                 LowRankHead(d, rows, rank["head"])
                 if rank["head"]
                 else nn.Linear(d, rows, bias=False)
             )
 
-    def start(self, ids):
+    def start(self, ids, codes):
         """x_BTD in float32: the residual streams stay there in every dtype of the weights."""
-        x = self.embed(ids)
+        x = self.embed(codes if "embed" in self.shared else ids)
         return (self.ln0(x) if self.cfg["family"] == "rwkv" else x).float()
 
-    def logits(self, f):
+    def logits(self, f, codes_head=None):
         """float32 logits of this stream alone, over the valid ids of its table."""
-        if not self.cfg["tie_embeddings"]:
+        if "head" in self.shared:
+            out = codes_head(self.head(f))
+        elif not self.cfg["tie_embeddings"]:
             out = self.head(f)
         elif isinstance(self.embed, LowRankTable):
             out = self.embed.logits(f)
@@ -479,9 +517,17 @@ class DelveForCausalLM(DelvePreTrainedModel, GenerationMixin):
         super().__init__(config)
         streams = config.streams
         depths, widths = ([stream[k] for stream in streams] for k in ("n_layers", "d_model"))
+        shared = tuple(config.codes)
         self.streams = nn.ModuleList(
-            Expert(stream, sum(depths[:k])) for k, stream in enumerate(streams)
+            Expert(stream, sum(depths[:k]), shared) for k, stream in enumerate(streams)
         )
+        if shared:
+            v, rank = config.vocab_size, {t: streams[0]["ranks"][t][0] for t in shared}
+            self.codes = nn.ModuleDict()
+            if "embed" in shared:
+                self.codes["embed"] = nn.Embedding(v, rank["embed"])
+            if "head" in shared:
+                self.codes["head"] = nn.Linear(rank["head"], v, bias=False)
         self.pool = nn.Parameter(torch.zeros(len(streams)))
         if config.n_superblocks > 1:
             joints = config.n_superblocks - 1
@@ -494,8 +540,8 @@ class DelveForCausalLM(DelvePreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self):
-        """The first stream's table: the streams do not share one."""
-        return self.streams[0].embed
+        """The table that the streams share, or the first stream's where each has its own."""
+        return self.codes["embed"] if "embed" in self.config.codes else self.streams[0].embed
 
     def set_input_embeddings(self, value):
         raise NotImplementedError("a DELVE has one vocabulary table per stream: streams[k].embed")
@@ -555,7 +601,8 @@ class DelveForCausalLM(DelvePreTrainedModel, GenerationMixin):
 
     def features(self, input_ids, steps):
         """All streams through all superblocks -> their normalised features [B, T, D_k]."""
-        h = [expert.start(input_ids) for expert in self.streams]
+        codes = self.codes["embed"](input_ids) if "embed" in self.config.codes else None
+        h = [expert.start(input_ids, codes) for expert in self.streams]
         bounds = [self.config.boundaries(k) for k in range(len(h))]
         for s in range(self.config.n_superblocks):
             if s > 0:
@@ -574,9 +621,16 @@ class DelveForCausalLM(DelvePreTrainedModel, GenerationMixin):
             weight = weight * torch.exp(2 * torch.tanh(delta / 2))
         else:
             weight = torch.log_softmax(weight + delta, -1)
+        head = self.codes["head"] if "head" in self.config.codes else None
+        if head is not None and self.config.latents == 1:  # one product with the long side
+            z = sum(
+                weight[..., k, None] * expert.head(f).float()
+                for k, (expert, f) in enumerate(zip(self.streams, features, strict=True))
+            )
+            return head(z.to(head.weight.dtype)).float()
         out = None
         for k, (expert, f) in enumerate(zip(self.streams, features, strict=True)):
-            logits, w = expert.logits(f), weight[..., k, None]
+            logits, w = expert.logits(f, head), weight[..., k, None]
             if self.config.latents == 1:
                 out = w * logits if out is None else out + w * logits
             else:

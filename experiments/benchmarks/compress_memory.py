@@ -1,0 +1,235 @@
+"""Is one layer all that `delve compress` holds? Bars: 6 GiB at 1.4 B, 8 GiB for a block of 7B.
+
+python experiments/benchmarks/compress_memory.py [--only ROW ...] [--fresh]
+Parents have the real shapes, random weights and Hugging Face's files, made here in a temporary
+folder. mamba-1.4b: all 48 layers are in the files, 6 are run, and the times of 48 are extrapolated;
+the 7B parents have one layer and both tables. Keep 0.5, 4,096 calibration tokens, the command line
+in a process of its own: ru_maxrss is its peak, of which `anonymous` is what it really holds and
+`mapped` files that the system can drop. Rows that stand in the results are not run again.
+Expected: not yet run.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from delve_jax import checkpoint, metrics, parents, presets
+from delve_jax.parents import stock
+from delve_jax.parents.io import write_safetensors
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "compress_memory.json"
+GIB = 2**30
+TOKENS, KEEP = 4096, 0.5
+# row: (preset, layers in the files, layers that are run, bar in GiB)
+ROWS = {
+    "mamba-1.4b": ("mamba-1.4b", 48, 6, 6),
+    "mamba-7b-rw, one block": ("mamba-7b-rw", 1, 1, 8),
+    "rwkv-4-7b, one block": ("rwkv-4-7b", 1, 1, 8),
+    "redpajama-incite-7b, one block": ("redpajama-incite-7b", 1, 1, 8),
+}
+
+
+# ---- a parent of random weights ------------------------------------------------------------------
+
+
+def values(path, shape, rng):
+    """Values of the size that a model starts from, so that activations stay of order one."""
+    name = path.rsplit("/", 1)[-1]
+    if name in ("scale", "D"):
+        return np.ones(shape, np.float32)
+    if name == "A_log":
+        return np.broadcast_to(np.log(np.arange(1, shape[1] + 1, dtype=np.float32)), shape)
+    if name == "time_decay":
+        return rng.uniform(-5, 1, shape).astype(np.float32)
+    if name.startswith("mix_"):
+        return rng.uniform(0, 1, shape).astype(np.float32)
+    if name == "bias":
+        return np.full(shape, -4.0 if "dt_proj" in path else 0.0, np.float32)
+    x = rng.standard_normal(shape, np.float32)
+    x *= 0.02 if path.startswith("embed") else 1 / math.sqrt(shape[-1])
+    return x
+
+
+def make(folder, preset, layers):
+    """Write the parent, its tokenizer and a text of its words; -> bytes of the weights."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    cfg = dataclasses.replace(presets.preset(preset), n_layers=layers)
+    dtype, rows = np.dtype(cfg.dtype), stock.FAMILIES[cfg.family].rows(cfg)
+    owner = {
+        row.name.format(i=i): row for row in rows for i in (range(layers) if row.stacked else (0,))
+    }
+
+    def tensor(name):
+        row = owner[name]
+        return values(row.path, row.shape, np.random.default_rng(zlib.crc32(name.encode()))).astype(
+            dtype
+        )
+
+    folder.mkdir()
+    write_safetensors(folder, [(n, row.shape, dtype) for n, row in owner.items()], tensor)
+    (folder / "config.json").write_text(json.dumps(stock.hf_config(cfg, cfg.dtype)))
+    words = {f"w{i}": i for i in range(cfg.vocab_size)}
+    tok = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tok.pre_tokenizer = pre_tokenizers.Whitespace()
+    (folder / "tokenizer.json").write_text(tok.to_str())
+    ids = np.random.default_rng(0).zipf(1.2, 2 * TOKENS) % cfg.vocab_size
+    (folder / "text.txt").write_text(" ".join(f"w{i}" for i in ids))
+    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+
+
+# ---- the process that is measured ----------------------------------------------------------------
+
+
+def status():
+    """Bytes of anonymous and of file-mapped memory of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    found = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
+    return 1024 * int(found["RssAnon"]), 1024 * int(found["RssFile"])
+
+
+class Clock:
+    """Seconds, layers and the largest anonymous memory of every stage that has a bar."""
+
+    def __init__(self):
+        self.stages, self.now, self.peak, self.mapped = {}, "start", {}, 0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self):
+        while True:
+            anonymous, mapped = status()
+            self.peak[self.now] = max(self.peak.get(self.now, 0), anonymous)
+            self.mapped = max(self.mapped, mapped)
+            time.sleep(0.02)
+
+    def stage(self, name, layers=0):
+        """A context of this name."""
+        clock = self
+
+        class Stage:
+            def __enter__(self):
+                clock.now = name
+                self.start, self.cpu = time.time(), time.process_time()
+                return self
+
+            def update(self, n=1):
+                print(f"{name}: {time.time() - self.start:.0f} s", file=sys.stderr, flush=True)
+
+            def __exit__(self, *_):
+                clock.now = f"after {name}"
+                seconds, cpu = time.time() - self.start, time.process_time() - self.cpu
+                facts = {"seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1)}
+                clock.stages[name] = facts | {"layers": layers}
+
+        return Stage()
+
+
+def child(src, dst, run):
+    """Compress with `run` layers and print what it took."""
+    from delve_jax import cli
+
+    clock, opened, save = Clock(), parents.open_layers, checkpoint.save
+
+    def first_layers(src):
+        source = opened(src)
+        source.cfg = dataclasses.replace(source.cfg, n_layers=run)
+        return source
+
+    def timed_save(*args, **more):
+        with clock.stage("save", run):
+            return save(*args, **more)
+
+    parents.open_layers, checkpoint.save = first_layers, timed_save
+    metrics.progress = lambda total, desc, unit="step", hide=False: clock.stage(
+        desc, run if unit == "layer" else 0
+    )
+    start = time.time()
+    code = cli.main(["compress", src, dst, "--keep", str(KEEP), "--calibrate", f"{src}/text.txt",
+                     "--calibrate-tokens", str(TOKENS)])  # fmt: skip
+    print(json.dumps({
+        "exit": code,
+        "seconds": round(time.time() - start, 1),
+        "cpu_seconds": round(time.process_time(), 1),
+        "peak_rss": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_anonymous": max(clock.peak.values()),
+        "peak_mapped": clock.mapped,
+        "anonymous_by_stage": clock.peak,
+        "stages": clock.stages,
+    }))  # fmt: skip
+    return code
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+def measure(name, place):
+    """One row of the results."""
+    preset, layers, run, bar = ROWS[name]
+    src, dst = place / "parent", place / "small"
+    size = make(src, preset, layers)
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", str(src), str(dst), str(run)],
+        stdout=subprocess.PIPE, text=True, env=env,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{name}: exit {done.returncode}")
+    out = json.loads(done.stdout.splitlines()[-1])
+    facts = json.loads((dst / "compress.json").read_text())
+
+    def all_layers(which):
+        """Stages that go through layers grow with them; the rest stays what it is."""
+        growing = sum(s[which] for s in out["stages"].values() if s["layers"])
+        return round(out[which] + growing * (layers - run) / run)
+
+    return {
+        "row": name, "preset": preset, "layers": layers, "layers_run": run, "file_bytes": size,
+        "keep": KEEP, "tokens": TOKENS, "bar": bar * GIB, "met": out["peak_rss"] < bar * GIB, **out,
+        "seconds_all_layers": all_layers("seconds"),
+        "cpu_seconds_all_layers": all_layers("cpu_seconds"),
+        "parameters_run": facts["parameters_before"], "kl": facts["measured"]["kl"],
+        "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0],
+        "versions": metrics.versions(),
+    }  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--fresh", action="store_true", help="run rows anew that stand there")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.child:
+        return child(*flags.child[:2], int(flags.child[2]))
+    result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
+    for name in flags.only:
+        if not flags.fresh and any(row["row"] == name for row in result["rows"]):
+            continue
+        with tempfile.TemporaryDirectory(prefix="delve-memory-") as place:
+            row = measure(name, Path(place))
+        rows = [r for r in result["rows"] if r["row"] != name] + [row]
+        rows.sort(key=lambda r: list(ROWS).index(r["row"]))
+        result = {"command": "python experiments/benchmarks/compress_memory.py", "rows": rows}
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    for r in result["rows"]:
+        print(f"{r['row']}: peak {r['peak_rss'] / GIB:.2f} GiB (anonymous "
+              f"{r['peak_anonymous'] / GIB:.2f}), bar {r['bar'] / GIB:.0f}; {r['seconds']:.0f} s, "
+              f"{r['cpu_seconds']:.0f} CPU s; all {r['layers']} layers about "
+              f"{r['cpu_seconds_all_layers'] / 3600:.1f} CPU h")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
