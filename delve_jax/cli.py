@@ -29,9 +29,14 @@ EXAMPLES = {
     "recipe": "delve delphi recipe --flops 1e21 --batch 512",
     "fit": "delve delphi fit points.csv",
     "forecast": "delve delphi forecast points.csv --flops 1e21 1e22 1e23",
+    "sweep": "delve delphi sweep out/ladder --flops 3e18 9e18 --data out/tokens "
+    "--report-text held_back.txt",
     "downstream": "delve delphi downstream winners.csv --pool models.csv --flops 1e22 --floor 0.25",
 }
 
+# settings that a sweep's runs can be given in the place of the recipe's
+GIVEN = {"optimizer": str, "lr": float, "adam_lr": float, "weight_decay": float, "batch": int,
+         "window": int, "schedule": str, "compute": str, "remat": str}  # fmt: skip
 METHOD_HELP = "delve, svd-llm+allocation, svd-llm, asvd or svd"
 
 
@@ -259,8 +264,11 @@ def _delphi_flags(verbs) -> None:
                            nargs="+" if many else None, help="training budget")  # fmt: skip
         return p
 
-    action("candidates", "all widths of the recipe at a budget", many=False)
+    other = "JSON file of constants in the place of the published ones"
+    p = action("candidates", "all widths of the recipe at a budget", many=False)
+    p.add_argument("--recipe", metavar="FILE", help=other)
     p = action("recipe", "the whole configuration of a run at a budget", many=False)
+    p.add_argument("--recipe", metavar="FILE", help=other)
     p.add_argument("--hidden", type=int, metavar="H", help="width; default: by the T* rule")
     p.add_argument("--batch", type=int, metavar="B", help="rows; default: the recipe's")
     points = "CSV with flops, params, loss and, if known, tokens, steps, batch_size"
@@ -268,6 +276,25 @@ def _delphi_flags(verbs) -> None:
     action("forecast", "loss, interval and configuration at larger budgets").add_argument(
         "points", help=points
     )
+    p = action("sweep", "train and score a ladder of runs; writes DST/points.csv", None)
+    p.add_argument("dst")
+    p.add_argument("--flops", type=float, nargs="+", default=[], metavar="C",
+                   help="budgets: the recipe's candidates at each")  # fmt: skip
+    p.add_argument("--hidden", type=int, nargs="+", default=[], metavar="H", help="only these")
+    p.add_argument("--recipe", metavar="FILE", help=other)
+    p.add_argument("--tokenizer", metavar="SRC", help="tokenizer.json or a source that has one")
+    p.add_argument("--heal", nargs="+", default=[], metavar="SRC",
+                   help="instead: compressed or fused checkpoints to heal ...")  # fmt: skip
+    p.add_argument("--tokens", type=int, nargs="+", default=[], metavar="N",
+                   help="... for each of so many tokens")  # fmt: skip
+    p.add_argument("--data", nargs="+", required=True, metavar="TEXT[=WEIGHT]",
+                   help="text files or token folders")  # fmt: skip
+    p.add_argument("--report-text", nargs="+", required=True, metavar="TEXT",
+                   help="held-back text: the loss of a point")  # fmt: skip
+    p.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
+    p.add_argument("--mesh", help='as "replica=2,data=4,model=2"; default: all devices on data')
+    for flag, kind in GIVEN.items():
+        p.add_argument("--" + flag.replace("_", "-"), type=kind, help="instead of the recipe's")
     p = action("downstream", "benchmark scores: compute to soft metric to accuracy")
     p.add_argument("scores_csv", metavar="scores", help="CSV with flops, soft (and hard)")
     p.add_argument("--pool", metavar="CSV", help="models with soft, hard; default: the same file")
@@ -292,6 +319,12 @@ def _settings(kw: dict):
 def run(args: argparse.Namespace) -> dict:
     """Call the verb with its flags."""
     kw = {k: v for k, v in vars(args).items() if k not in ("verb", "json", "src", "dst")}
+    if args.verb == "delphi" and args.action == "sweep":
+        from .sweep import sweep
+
+        kw["given"] = {k: v for k in GIVEN if (v := kw.pop(k)) is not None}
+        kw |= {"text": kw.pop("data"), "widths": kw.pop("hidden")}
+        return sweep(args.dst, **{k: v for k, v in kw.items() if k != "action"})
     if args.verb == "delphi":  # numbers only: starts without JAX
         from .delphi import verbs
 

@@ -80,6 +80,11 @@ def forward_flops(cfg: Config, T: int) -> int:
     return total
 
 
+def train_flops(cfg: Config, T: int, teachers: tuple = ()) -> int:
+    """FLOPs a token of training: three times forward, and each teacher's forward once."""
+    return 3 * forward_flops(cfg, T) + sum(forward_flops(t, T) for t in teachers)
+
+
 def plan(
     target: str | None,
     settings: Settings,
@@ -104,7 +109,7 @@ def plan(
         raise DelveError(f"--mfu {mfu}: must lie in (0, 1]")
     cfg = _config_of(target, keep)
     objective = objective or ("ce+kl" if cfg.family == "delve" else "ce")
-    teachers = _teachers(cfg) if objective == "ce+kl" else ()
+    teachers = dense_parents(cfg) if objective == "ce+kl" else ()
     sizes = parallel.parse_mesh(mesh or "data=1")
     abstract_mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), parallel.AXES)
     T = settings.row_length(cfg)
@@ -118,7 +123,7 @@ def plan(
         "teachers": sum(_bytes(abstract_mesh, models.abstract_params(t)) for t in teachers),
     }
     forward = forward_flops(cfg, T)
-    train = 3 * forward + sum(forward_flops(t, T) for t in teachers)
+    train = train_flops(cfg, T, teachers)
     count = math.prod(sizes.values())
     rate = mfu * DEVICES[device][0] * count
     tokens = steps * settings.batch * T
@@ -149,7 +154,7 @@ def _config_of(target: str, keep: float | None) -> Config:
     return presets.preset(target)  # its error lists the names
 
 
-def _teachers(cfg: Config) -> tuple:
+def dense_parents(cfg: Config) -> tuple:
     """The dense parents of a DELVE or of a compressed parent."""
     parts = [sub for _, sub in cfg.streams] if cfg.family == "delve" else [cfg]
     return tuple(_dense(sub) for sub in parts)

@@ -23,7 +23,7 @@ from .config import (
     RopeScaling,
     RwkvConfig,
 )
-from .delphi.recipe import DELPHI
+from .delphi.recipe import DELPHI, Recipe
 
 V = 50277  # ids of the GPT-NeoX-20B tokenizer; checkpoints pad their tables beyond
 RANK_STEP = 32  # ranks that meshes divide and matrix units fill
@@ -48,21 +48,23 @@ def _incite() -> NeoxConfig:
     return _neox(4096, 32, 32, 50432, rotary_pct=1.0, parallel_residual=False)
 
 
-def delphi(width: int) -> Qwen3Config:
-    """Delphi of any width that is a multiple of 128: the width sets everything else."""
-    if width < 128 or width % 128:
-        raise DelveError(f"preset delphi-{width}: the width must be a multiple of 128")
-    heads = DELPHI.heads(width)
+def delphi(width: int, recipe: Recipe = DELPHI) -> Qwen3Config:
+    """Delphi of any width that is a multiple of the head's: the width sets everything else."""
+    if width < recipe.head_dim or width % recipe.head_dim:
+        raise DelveError(
+            f"preset delphi-{width}: the width must be a multiple of {recipe.head_dim}"
+        )
+    heads = recipe.heads(width)
     return Qwen3Config(
-        DELPHI.vocab_size,
-        DELPHI.vocab_size,
+        recipe.vocab_size,
+        recipe.vocab_size,
         width,
-        DELPHI.layers(width),
-        context_length=DELPHI.seq_len,
+        recipe.layers(width),
+        context_length=recipe.seq_len,
         n_heads=heads,
         n_kv_heads=heads,
-        head_dim=DELPHI.head_dim,
-        d_ffn=DELPHI.mlp_ratio * width,
+        head_dim=recipe.head_dim,
+        d_ffn=recipe.mlp_ratio * width,
         rope_theta=500000.0,
         rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
     )

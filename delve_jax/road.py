@@ -20,7 +20,7 @@ from . import compress as compression
 from . import fuse as fusion
 from .compress.refine import refine
 from .compress.storage import convert as convert_storage
-from .config import STORAGES, Config, DelveError, read_json
+from .config import STORAGES, Config, DelveError, read_json, to_json
 from .look import info, texts_of
 from .metrics import versions
 from .models import parameter_bytes
@@ -357,7 +357,7 @@ def heal(
 
 
 def train(
-    preset: str,
+    preset: str | Config,
     dst,
     settings: Settings,
     *,
@@ -367,7 +367,7 @@ def train(
     distributed: str | None = None,
     overwrite: bool = False,
 ):
-    """Train a preset of any family from random weights.
+    """Train a preset of any family, or a configuration, from random weights.
 
     text: files or token folders, each optionally PATH=WEIGHT. tokenizer: a tokenizer.json or any
     source that has one; default that of the first token folder. DelveError: it has more ids than
@@ -376,11 +376,14 @@ def train(
     from . import presets
 
     parallel.start(distributed)
-    command = {"verb": "train", "preset": preset, "text": list(map(str, text)),
+    named = isinstance(preset, str)
+    cfg = presets.preset(preset) if named else preset
+    command = {"verb": "train", "preset": preset if named else to_json(cfg),
+               "text": list(map(str, text)),
                "tokenizer": tokenizer, **_what(settings)}  # fmt: skip
     on = parallel.make_mesh(mesh)
     settings.checked(on)
-    cfg = dataclasses.replace(presets.preset(preset), dtype=settings.master)
+    cfg = dataclasses.replace(cfg, dtype=settings.master)
     tokenizer_json = _tokenizer_for(cfg, tokenizer, text)
     if begin(dst, command, overwrite):
         return already(dst)

@@ -536,7 +536,7 @@ def test_for_people(capsys, tmp_path):
     path = write(tmp_path / "p.csv", runs_of(budgets=3, runs=5, noise=1e-3))
     code, out, _ = delve(capsys, "forecast", path, "--flops", "1e22")
     assert code == 0 and "T* =" in out and "95 % interval" in out and "without a held-out" in out
-    for action in ("candidates", "recipe", "fit", "forecast", "downstream"):
+    for action in ("candidates", "recipe", "fit", "forecast", "sweep", "downstream"):
         code, out, _ = delve(capsys, action, "--help")
         assert code == 0 and "example: delve delphi" in out
 

@@ -1,7 +1,6 @@
 """`delve plan` against published counts, real arrays, XLA's own count and a compiled step."""
 
 import json
-import time
 
 import jax
 import jax.numpy as jnp
@@ -239,7 +238,6 @@ def test_tokens_need_not_be_given(capsys):
 
 
 def test_every_preset_is_planned_at_once():
-    began = time.monotonic()
     for name in presets.PRESETS:
         out = plan.plan(name, SOME, mesh="data=8", no_compile=True)
         parts = out["bytes_per_device"]
@@ -248,4 +246,3 @@ def test_every_preset_is_planned_at_once():
         assert 1.99 < parts["optimizer"] / parts["parameters"] < 2.01, name
         # a token costs 2 a weight at least, tables aside
         assert out["forward_flops_per_token"] > out["parameters"] / 4, name
-    assert time.monotonic() - began < 60

@@ -310,7 +310,7 @@ def test_one_folder_serves_every_budget_without_another_sweep(repetitive, monkey
             assert again[0] == fresh[0]
             jax.tree.map(np.testing.assert_array_equal, again[1], fresh[1])
     assert kept == sorted(kept, reverse=True) and kept[-1] < 2 * F
-    with pytest.raises(DelveError, match="another parent, text or method"):
+    with pytest.raises(DelveError, match="another parent, text, method"):
         compress(cfg, params, tokens, keep=0.5, pruning=False, work=folder / "both", progress=False)
 
 

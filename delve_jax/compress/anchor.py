@@ -110,9 +110,8 @@ class Anchor(Sweep):
         self.small = dataclasses.replace(cfg, ranks=())  # factors are multiplied out to be run
         self._shapes = models.abstract_params(self.small)["layers"]
         self._streams = (2, *self.tokens.shape, cfg.d_model)
-        key = json.dumps(
-            [plan.ranks, plan.neurons, plan.budget, plan.tables, centred, RIDGE, BLEND]
-        )
+        how = [centred, RIDGE, BLEND, WIDEST, RESIDUAL[cfg.family]]
+        key = json.dumps([plan.ranks, plan.neurons, plan.budget, plan.tables, how])
         self.folder = spectra.folder / f"anchor-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
         self.folder.mkdir(exist_ok=True)
         for left in spectra.folder.glob("anchor-*/*.npy"):  # of another plan that was stopped

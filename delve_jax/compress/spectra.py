@@ -26,6 +26,7 @@ from .moments import HeadMoments, Moments, Sweep
 
 TABLES = ("embed", "head")
 FLOOR = float(np.finfo(np.float32).eps)  # of a spectrum: the Grams were summed in float32
+FORMAT = 2  # of the files; folders of another are refused, not half understood (2: "grad:" arrays)
 
 
 class Recipe(NamedTuple):
@@ -172,12 +173,13 @@ class Spectra:
         self._make()
 
     def _claim(self, key: dict) -> None:
-        """Refuse a folder that was made from something else."""
+        """Refuse a folder that was made from something else, or by another version."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        file, text = self.folder / "key.json", json.dumps(key, sort_keys=True)
+        text = json.dumps({**key, "format": FORMAT}, sort_keys=True)
+        file = self.folder / "key.json"
         if file.exists() and file.read_text() != text:
-            raise DelveError(f"{self.folder}: holds factors of another parent, text or method; "
-                             "remove it or name another folder")  # fmt: skip
+            raise DelveError(f"{self.folder}: holds factors of another parent, text, method or "
+                             "version; remove it or name another folder")  # fmt: skip
         file.write_text(text)
 
     def _make(self) -> None:

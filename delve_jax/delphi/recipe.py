@@ -12,8 +12,9 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from ..config import DelveError
+from ..config import DelveError, read_json
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Recipe:
     # ---- width -> shape --------------------------------------------------------------------------
 
     def layers(self, H: int) -> int:
-        """L = round(H / (64 + 4 log2 H - 9))."""
-        return round(H / (64 + 4 * math.log2(H) - 9))
+        """L = round(H / (64 + 4 log2 H - 9)), at least 1."""
+        return max(1, round(H / (64 + 4 * math.log2(H) - 9)))
 
     def heads(self, H: int) -> int:
         """Query heads; as many key and value heads."""
@@ -240,6 +241,25 @@ class Recipe:
 
 
 DELPHI = Recipe()
+
+
+def read(file: str | Path | None) -> Recipe:
+    """Delphi's recipe, with the constants that a JSON file names in the place of the published.
+
+    DelveError: an unknown field, or a value that is no positive number of the field's kind.
+    """
+    if file is None:
+        return DELPHI
+    given, known = read_json(file), dataclasses.asdict(DELPHI)
+    for name, value in given.items():
+        if name not in known:
+            raise DelveError(f"{file}: unknown field '{name}'; there are {', '.join(known)}")
+        kinds = (int,) if isinstance(known[name], int) else (int, float)
+        if type(value) not in kinds or not 0 < value < math.inf:
+            raise DelveError(
+                f"{file}: field '{name}' must be a positive {kinds[-1].__name__}, not {value!r}"
+            )
+    return dataclasses.replace(DELPHI, **given)
 
 
 def _positive(flag: str, value: float) -> None:

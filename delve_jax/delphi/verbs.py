@@ -7,17 +7,20 @@ import dataclasses
 from . import downstream as scores
 from . import forecast as forecasts
 from . import points as files
-from .recipe import DELPHI
+from . import recipe as recipes
 
 
-def candidates(flops: float) -> dict:
-    """All widths of the sweep at a budget."""
-    return {"candidates": [dataclasses.asdict(c) for c in DELPHI.candidates(flops)]}
+def candidates(flops: float, recipe: str | None = None) -> dict:
+    """All widths of the sweep at a budget; recipe: a file of other constants."""
+    return {"candidates": [dataclasses.asdict(c) for c in recipes.read(recipe).candidates(flops)]}
 
 
-def recipe(flops: float, hidden: int | None = None, batch: int | None = None) -> dict:
+def recipe(
+    flops: float, hidden: int | None = None, batch: int | None = None, recipe: str | None = None
+) -> dict:
     """The whole configuration at a budget; width by the T* rule, or the one given."""
-    return DELPHI.config(flops, hidden, batch)
+    out = recipes.read(recipe).config(flops, hidden, batch)
+    return out if recipe is None else out | {"recipe": str(recipe)}
 
 
 def fit(points: str) -> dict:
@@ -50,6 +53,8 @@ def run(action: str, **flags) -> dict:
 
 def show(r: dict) -> str:
     """An answer as text; which action gave it is seen from its fields."""
+    if "points" in r:
+        return _points(r)
     if "candidates" in r:
         return _candidates(r["candidates"])
     if "forecasts" in r:
@@ -72,20 +77,28 @@ def _candidates(rows: list[dict]) -> str:
                        for r in rows])  # fmt: skip
 
 
+def _points(r: dict) -> str:
+    head = ("run", "FLOPs", "params", "tokens", "loss", "bits/byte")
+    rows = [(p["run"], f"{p['flops']:.3g}", f"{p['params']:,}", f"{p['tokens']:,}",
+             f"{p['loss']:.4f}", f"{p['bits_per_byte']:.4f}") for p in r["rows"]]  # fmt: skip
+    return f"{grid(head, rows)}\n\n{r['points']}: {len(rows)} runs; delve delphi fit takes it"
+
+
 def _recipe(r: dict) -> str:
-    parts = DELPHI.schedule(r["steps"])
+    rules = recipes.read(r.get("recipe"))
+    parts = rules.schedule(r["steps"])
     flags = {
-        "--tokens": r["tokens"], "--batch": r["batch_size"], "--window": DELPHI.seq_len,
+        "--tokens": r["tokens"], "--batch": r["batch_size"], "--window": rules.seq_len,
         "--optimizer": "adamh", "--lr": f"{r['lr']:.6g}", "--adam-lr": f"{r['adam_lr']:.6g}",
         "--b2": f"{r['beta2']:.6g}", "--eps": f"{r['epsilon']:.6g}", "--clip": r["max_grad_norm"],
         "--z-loss": r["z_loss"], "--warmup": r["warmup"], "--decay": r["decay"],
     }  # fmt: skip
-    why = DELPHI.outside(r["flops"], r["hidden"])
+    why = rules.outside(r["flops"], r["hidden"])
     return "\n".join([
         *([f"note: no candidate of the sweep ({why})"] if why else []),
         f"width {r['hidden']}, {r['layers']} layers, {r['heads']} heads: "
         f"{r['params']:,} parameters",
-        f"{r['steps']:,} steps of {r['batch_size']} x {DELPHI.seq_len} tokens = "
+        f"{r['steps']:,} steps of {r['batch_size']} x {rules.seq_len} tokens = "
         f"{r['tokens']:,} tokens, {r['flops']:.6g} FLOPs",
         f"lr {r['lr']:.6g} (AdamH), {r['adam_lr']:.6g} (Adam); beta1 {r['beta1']}, beta2 "
         f"{r['beta2']:.6g}, epsilon {r['epsilon']:.4g}, clip {r['max_grad_norm']}, z-loss "
@@ -93,7 +106,10 @@ def _recipe(r: dict) -> str:
         f"schedule: {parts['warmup']:,} steps up, {parts['stable']:,} stable, "
         f"{parts['decay']:,} down",
         f"delve train delphi-{r['hidden']} DST --data TOKENS "
-        + " ".join(f"{k} {v}" for k, v in flags.items()),
+        + " ".join(f"{k} {v}" for k, v in flags.items())
+        if rules == recipes.DELPHI
+        else f"delve delphi sweep DST --recipe {r['recipe']} --flops {r['flops']:g} --hidden "
+        f"{r['hidden']} --data TOKENS --report-text TEXT",
     ])  # fmt: skip
 
 

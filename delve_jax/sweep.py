@@ -1,0 +1,233 @@
+"""`delve delphi sweep`: a ladder of runs, trained, scored and gathered in one file of points.
+
+Two ladders: the recipe's candidates at several budgets, from random weights, or the healing of
+given checkpoints (one per keep ratio) for several numbers of tokens. Every run is a checkpoint
+directory DST/runs/NAME made by `road.train` or `road.heal` and scored on text that no run sees.
+DST/points.csv holds what is finished; the same call goes on, other budgets or seeds are added.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from . import data, evaluate, lm, metrics, models, parallel, parents, presets, road
+from .config import Config, DelveError, read_json
+from .delphi import recipe as recipes
+from .delphi.recipe import Candidate, Recipe
+from .plan import dense_parents, train_flops
+from .train.run import Settings
+
+# of points.csv, in this order; flops is the budget where there is one, loss nats a token
+COLUMNS = (
+    "flops", "params", "tokens", "loss", "batch_size", "steps", "hidden", "layers", "seed", "keep",
+    "train_flops", "bits_per_byte", "train_loss", "lr", "run",
+)  # fmt: skip
+SCORE = "score.json"
+
+
+class Job(NamedTuple):
+    """One run: its name, what makes DST/runs/NAME, and its columns as far as they are known."""
+
+    name: str
+    make: Callable[[Path], dict]
+    facts: dict
+
+
+def sweep(
+    dst,
+    *,
+    text: Sequence[str],
+    report_text: Sequence[str],
+    flops: Sequence[float] = (),
+    widths: Sequence[int] = (),
+    recipe: str | None = None,
+    tokenizer: str | None = None,
+    heal: Sequence[str] = (),
+    tokens: Sequence[int] = (),
+    seeds: Sequence[int] = (0,),
+    given: dict | None = None,
+    mesh: str | None = None,
+) -> dict:
+    """Train and score what DST lacks -> {"path", "points", "rows"}.
+
+    flops, widths, recipe (a JSON file of constants that differ): the ladder of candidates, all
+    widths unless some are named. heal, tokens: instead the ladder of healing. given: fields of
+    `Settings` in the place of the recipe's (or of the defaults). DelveError: neither or both
+    ladders, no report text, DST of other data, an unfinished run of other settings.
+    """
+    if bool(flops) == bool(heal) or bool(heal) != bool(tokens):
+        raise DelveError("name the ladder: --flops C..., or --heal SRC... with --tokens N...")
+    if not report_text:
+        raise DelveError("--report-text: name text to score on that no run is trained on")
+    dst, given = Path(dst), given or {}
+    scored = data.data_hash(documents := _documents(report_text))
+    rules = recipes.read(recipe) if flops else None
+    if rules:
+        jobs = _candidates(rules, flops, widths, seeds, given, text, tokenizer, mesh)
+    else:
+        jobs = _healings(heal, tokens, seeds, given, text, mesh)
+    _claim(dst, {"text": list(map(str, text)), "report_text": scored, "given": given,
+                 "recipe": rules and dataclasses.asdict(rules)})  # fmt: skip
+    left = [job for job in jobs if not (dst / "runs" / job.name / SCORE).exists()]
+    with metrics.progress(sum(job.facts["train_flops"] for job in left), "sweep", "FLOP") as bar:
+        for job in left:
+            bar.set_postfix_str(job.name)
+            folder = dst / "runs" / job.name
+            report = job.make(folder)
+            parallel.on_main(_score, folder, job, report, documents)
+            bar.update(job.facts["train_flops"])
+    rows = parallel.on_main(gather, dst)
+    return {"path": str(dst), "points": str(dst / "points.csv"), "rows": rows}
+
+
+def _documents(files: Sequence[str]) -> list[str]:
+    return [document for file in files for document in data.read_documents(file)]
+
+
+def _claim(dst: Path, command: dict) -> None:
+    """What all points of a folder have in common; DelveError where DST has something else."""
+    record = dst / "sweep.json"
+    if record.exists():
+        before = read_json(record)["command"]
+        odd = [k for k, v in json.loads(json.dumps(command)).items() if before.get(k) != v]
+        if odd:
+            raise DelveError(f"{dst}: holds runs of another {odd[0]}; name another DST")
+        return
+    if dst.exists() and any(dst.iterdir()):
+        raise DelveError(f"{dst}: exists and is no sweep; name another DST")
+    parallel.on_main(_record, record, command)
+
+
+def _record(file: Path, command: dict) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"command": command, "versions": metrics.versions()}, indent=1))
+
+
+def _candidates(rules: Recipe, flops, widths, seeds, given, text, tokenizer, mesh) -> list[Job]:
+    """The recipe's candidates, small budgets first, so that a fit can start early."""
+    jobs = []
+    for C in sorted(flops):
+        found = [c for c in rules.candidates(C) if not widths or c.hidden in widths]
+        if not found:
+            raise DelveError(
+                f"--hidden {' '.join(map(str, widths))}: none is a candidate at {C:g} FLOPs; see "
+                "`delve delphi candidates`"
+            )
+        for c in found:
+            cfg = presets.delphi(c.hidden, rules)
+            for seed in seeds:
+                settings = _checked(settings_of(rules, C, c, seed, given))
+                steps = settings.steps(rules.seq_len)
+                run = steps * settings.batch * rules.seq_len
+                facts = {
+                    "flops": C, "params": models.count(cfg), "tokens": run, "steps": steps,
+                    "batch_size": settings.batch, "hidden": c.hidden, "layers": c.layers,
+                    "seed": seed, "train_flops": rules.train_flops(c.hidden, run),
+                    "lr": settings.peak,
+                }  # fmt: skip
+
+                def make(folder, cfg=cfg, settings=settings):
+                    return road.train(
+                        cfg, folder, settings, text=text, tokenizer=tokenizer, mesh=mesh
+                    )
+
+                jobs.append(Job(f"C{C:.3g}-h{c.hidden}-s{seed}", make, facts))
+    return jobs
+
+
+def settings_of(rules: Recipe, C: float, run: Candidate, seed: int, given: dict) -> Settings:
+    """The recipe's configuration of a candidate as the settings of its run.
+
+    Another optimiser in `given` takes the sizes and the schedule, and rates of its own.
+    """
+    r = rules.config(C, run.hidden)
+    settings = Settings(
+        tokens=run.tokens, batch=run.batch_size, window=rules.seq_len, z_loss=r["z_loss"],
+        warmup=r["warmup"], decay=r["decay"], seed=seed,
+    )  # fmt: skip
+    if given.get("optimizer", "adamh") == "adamh":
+        settings = dataclasses.replace(
+            settings, optimizer="adamh", lr=r["lr"], adam_lr=r["adam_lr"], b2=r["beta2"],
+            eps=r["epsilon"], clip=r["max_grad_norm"],
+        )  # fmt: skip
+    return dataclasses.replace(settings, **given)
+
+
+def _checked(settings: Settings) -> Settings:
+    """Flags that contradict each other are named before the first run."""
+    return settings.checked(parallel.make_mesh(None))
+
+
+def _healings(sources, tokens, seeds, given, text, mesh) -> list[Job]:
+    """Each checkpoint healed for each number of tokens, few tokens first."""
+    jobs = []
+    for N in sorted(tokens):
+        for src in sources:
+            cfg, _ = parents.peek(src)
+            if cfg.family != "delve" and not cfg.ranks:
+                raise DelveError(f"{src}: not compressed; the ladder of healing takes checkpoints "
+                                 "of `delve compress` or `delve fuse`")  # fmt: skip
+            for seed in seeds:
+                settings = _checked(dataclasses.replace(Settings(tokens=N, seed=seed), **given))
+                T = settings.row_length(cfg)
+                steps = settings.steps(T)
+                run, params = steps * settings.batch * T, models.count(cfg)
+                dense = dense_parents(cfg)
+                spent = run * train_flops(cfg, T, dense)
+                facts = {
+                    "flops": spent, "params": params, "tokens": run, "steps": steps,
+                    "batch_size": settings.batch, "hidden": _width(cfg), "layers": _depth(cfg),
+                    "seed": seed, "keep": round(params / sum(map(models.count, dense)), 4),
+                    "train_flops": spent, "lr": settings.peak,
+                }  # fmt: skip
+
+                def make(folder, src=src, settings=settings):
+                    return road.heal(src, folder, settings, text=text, mesh=mesh)
+
+                jobs.append(Job(f"{road.name_of(src)}-{N}-s{seed}", make, facts))
+    names = [job.name for job in jobs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DelveError(f"--heal: two sources are called {twice[0].rsplit('-', 2)[0]}; rename one")
+    return jobs
+
+
+def _width(cfg: Config) -> int:
+    return sum(s.d_model for _, s in cfg.streams) if cfg.family == "delve" else cfg.d_model
+
+
+def _depth(cfg: Config) -> int:
+    return max(s.n_layers for _, s in cfg.streams) if cfg.family == "delve" else cfg.n_layers
+
+
+def _score(folder: Path, job: Job, report: dict, documents: list[str]) -> None:
+    """Evaluate a finished run and leave its row beside it, whole or not at all."""
+    found = evaluate.evaluate(lm.load(folder), documents)
+    log = metrics.read_metrics(folder / "metrics.jsonl")
+    row = job.facts | {
+        "loss": found["nll_per_token"], "bits_per_byte": found["bits_per_byte"],
+        "train_loss": log[-1]["loss"], "run": job.name,
+    }  # fmt: skip
+    half = folder / (SCORE + ".writing")
+    half.write_text(json.dumps(row))
+    half.replace(folder / SCORE)
+
+
+def gather(dst: str | Path) -> list[dict]:
+    """All finished runs of a sweep, smallest first; DST/points.csv is written anew from them."""
+    dst = Path(dst)
+    rows = [read_json(file) for file in sorted(dst.glob(f"runs/*/{SCORE}"))]
+    rows.sort(key=lambda r: (r["flops"], r["params"], r["tokens"], r["seed"]))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, COLUMNS, restval="")
+    writer.writeheader()
+    writer.writerows({k: r[k] for k in COLUMNS if k in r} for r in rows)
+    half = dst / "points.csv.writing"
+    half.write_text(out.getvalue())
+    half.replace(dst / "points.csv")
+    return rows

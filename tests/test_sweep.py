@@ -1,0 +1,152 @@
+"""`delve delphi sweep`: ladders that are trained, scored, gathered, gone on with, and refused."""
+
+import csv
+import json
+import shutil
+
+import pytest
+
+from delve_jax import checkpoint, cli, data, evaluate, lm, road, sweep, upcycle
+from delve_jax.delphi import points, recipe
+from delve_jax.metrics import read_metrics
+
+TOY = {"seq_len": 32, "vocab_size": 256, "head_dim": 8, "min_hidden": 16, "fine_step": 16,
+       "max_steps": 16, "min_batch": 1, "T0": 1e4, "B0": 4}  # fmt: skip
+FLOPS = ("4e8", "8e8")
+
+
+def delve(capsys, *argv):
+    """(exit code, parsed stdout or None, stderr) of the verb with --json."""
+    capsys.readouterr()
+    try:
+        code = cli.main(["delphi", "sweep", *map(str, argv), "--json"])
+    except SystemExit as err:  # argparse
+        code = err.code
+    out, err = capsys.readouterr()
+    return code, json.loads(out) if out.strip() else None, err
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A text to train on, one to score on, the toy recipe."""
+    root = tmp_path_factory.mktemp("sweep")
+    documents = [d[:2000] for d in data.stdlib_documents()[:40]]
+    for name, part in (("train", documents[:36]), ("report", documents[36:])):
+        (root / f"{name}.txt").write_text("\n<|endoftext|>\n".join(part))
+    (root / "toy.json").write_text(json.dumps(TOY))
+    return root
+
+
+def flags(place, *more):
+    return ("--data", place / "train.txt", "--report-text", place / "report.txt", *more)
+
+
+def test_a_ladder(place, capsys):
+    """Every candidate of the recipe at every budget: trained with its rates, scored, one row."""
+    toy = flags(place, "--recipe", place / "toy.json", "--hidden", 16)
+    dst = place / "ladder"
+    code, out, err = delve(capsys, dst, "--flops", *FLOPS, *toy)
+    assert code == 0 and "sweep" in err, err
+    rules = recipe.read(place / "toy.json")
+    rows = list(csv.DictReader((dst / "points.csv").open()))
+    assert tuple(rows[0]) == sweep.COLUMNS and len(rows) == len(out["rows"]) == 2
+    for row, C in zip(rows, map(float, FLOPS), strict=True):
+        c, r = rules.candidate(C, 16), rules.config(C, 16)
+        for name, value in {"flops": C, "params": c.params, "tokens": c.tokens, "steps": c.steps,
+                            "train_flops": c.flops, "lr": r["lr"], "seed": 0}.items():  # fmt: skip
+            assert float(row[name]) == value, name
+        folder = dst / "runs" / row["run"]
+        ran = json.loads((folder / "run.json").read_text())["command"]
+        for field, name in {"lr": "lr", "adam_lr": "adam_lr", "b2": "beta2", "eps": "epsilon",
+                            "clip": "max_grad_norm", "z_loss": "z_loss"}.items():  # fmt: skip
+            assert ran[field] == r[name]
+        assert ran["optimizer"] == "adamh" and ran["tokens"] == c.tokens
+        assert checkpoint.load_config(folder).d_model == 16
+        documents = data.read_documents(place / "report.txt")
+        found = evaluate.evaluate(lm.load(folder), documents)
+        assert float(row["loss"]) == pytest.approx(found["nll_per_token"], rel=1e-6)
+        assert float(row["train_loss"]) == read_metrics(folder / "metrics.jsonl")[-1]["loss"]
+    assert len(points.read(dst / "points.csv").budgets) == 2
+
+    # again: nothing is run; a run whose score is missing is scored, one that is gone is trained
+    before = {f: f.stat().st_mtime_ns for f in dst.glob("runs/*/score.json")}
+    shutil.rmtree(dst / "runs" / rows[0]["run"])
+    (dst / "runs" / rows[1]["run"] / sweep.SCORE).unlink()
+    code, again, _ = delve(capsys, dst, "--flops", *FLOPS, *toy)
+    assert code == 0 and again["rows"] == out["rows"]
+    assert all(f.stat().st_mtime_ns != t for f, t in before.items())
+    # another seed is another run beside them, with other weights
+    code, more, _ = delve(capsys, dst, "--flops", FLOPS[0], "--seeds", 0, 1, *toy)
+    assert code == 0 and len(more["rows"]) == 3
+    assert more["rows"][0]["loss"] != more["rows"][1]["loss"]
+    # what all points have in common cannot change
+    for changed in (("--lr", 0.01), ("--data", place / "report.txt")):
+        code, _, err = delve(capsys, dst, "--flops", FLOPS[0], *toy, *changed)
+        assert code == 2 and "name another DST" in err
+
+
+def test_another_optimizer_takes_sizes_not_rates(place):
+    rules = recipe.read(place / "toy.json")
+    c = rules.candidate(4e8, 16)
+    ours = sweep.settings_of(rules, 4e8, c, 0, {})
+    plain = sweep.settings_of(rules, 4e8, c, 0, {"optimizer": "adamw", "lr": 3e-3})
+    assert (plain.tokens, plain.batch, plain.z_loss) == (ours.tokens, ours.batch, ours.z_loss)
+    assert plain.lr == 3e-3 and plain.b2 is plain.eps is plain.clip is plain.adam_lr is None
+    assert ours.b2 == rules.config(4e8, 16)["beta2"]
+
+
+def test_a_ladder_of_healing(place, capsys):
+    """Checkpoints at two keep ratios, healed for two numbers of tokens, towards their parent."""
+    for keep in (0.4, 0.6):
+        road.compress(upcycle.PROXIES / "rwkv", place / f"small-{keep}", keep=keep, method="svd")
+    sources = [place / "small-0.4", place / "small-0.6"]
+    how = flags(place, "--batch", 2, "--window", 32)
+    dst = place / "healing"
+    code, out, err = delve(capsys, dst, "--heal", *sources, "--tokens", 64, 128, *how)
+    assert code == 0, err
+    rows = out["rows"]
+    assert sorted({r["keep"] for r in rows}) == pytest.approx([0.4, 0.6], abs=0.01)
+    assert sorted({r["tokens"] for r in rows}) == [64, 128] and len(rows) == 4
+    one = next(r for r in rows if r["tokens"] == 64 and r["keep"] < 0.5)
+    two = next(r for r in rows if r["tokens"] == 128 and r["keep"] < 0.5)
+    assert two["flops"] == 2 * one["flops"] == 2 * one["train_flops"]
+    facts = json.loads((dst / "runs" / one["run"] / "heal.json").read_text())
+    assert facts["objective"] == "ce+kl"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ((), "name the ladder"),
+        (("--flops", "4e8", "--heal", "x", "--tokens", 64), "name the ladder"),
+        (("--heal", "x"), "name the ladder"),
+        (("--flops", "4e8", "--hidden", 24), "--hidden 24: none is a candidate"),
+        (("--flops", "1e2",), "--flops 100"),
+        (("--flops", "4e8", "--optimizer", "sgd"), "--optimizer sgd"),
+        (("--heal", str(upcycle.PROXIES / "rwkv"), "--tokens", 64), "not compressed"),
+    ],
+)  # fmt: skip
+def test_refusals(argv, said, place, capsys):
+    code, out, err = delve(
+        capsys, place / "refused", *argv, *flags(place, "--recipe", place / "toy.json")
+    )
+    assert code == 2 and out is None and said in err, err
+    assert err.startswith("error:") and err.count("\n") == 1
+    assert not (place / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"seqlen": 3}, "unknown field 'seqlen'"),
+        ({"seq_len": 2.5}, "'seq_len' must be a positive int"),
+        ({"lr0": "high"}, "'lr0' must be a positive float"),
+        ({"lr0": -1}, "'lr0' must be a positive float"),
+    ],
+)
+def test_recipe_files(content, said, tmp_path, capsys):
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps(content))
+    code = cli.main(["delphi", "recipe", "--flops", "1e20", "--recipe", str(file)])
+    out, err = capsys.readouterr()
+    assert code == 2 and out == "" and said in err and str(file) in err
