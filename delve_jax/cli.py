@@ -188,6 +188,14 @@ def parser() -> Parser:
     p.add_argument("src")
     p.add_argument("--text", nargs="+", default=[], metavar="FILE")
     p.add_argument("--tasks", nargs="+", default=[], metavar="FILE.jsonl")
+    p.add_argument("--limit", type=int, metavar="N", help="only the first N examples of each task")
+    p.add_argument("--shots", type=int, default=0, metavar="N",
+                   help="answered examples before each, the file's first, or ...")  # fmt: skip
+    p.add_argument("--shots-from", metavar="FILE.jsonl", help="... those of another file")
+    p.add_argument("--mmlu", default="label", choices=("label", "verb"),
+                   help="of lettered options: score the letter, or letter and text")  # fmt: skip
+    p.add_argument("--run-code", action="store_true",
+                   help="HumanEval: run the written code in a limited process")  # fmt: skip
     p.add_argument("--backend", default="jax", choices=("jax", "hf"))
     p.add_argument(
         "--trust-remote-code",

@@ -1,15 +1,14 @@
-"""Negative log-likelihood, bits per byte, and multiple choice, through JAX or transformers.
+"""Negative log-likelihood and bits per byte of text, through JAX or transformers.
 
 Every token of a text is scored exactly once, in overlapping windows: a window scores only what the
 one before it did not reach. A `Scorer` is all that is asked of a model, so both backends share the
-windows, the tokenizer and the arithmetic. Shapes: tokens_BT, nll_BT (nats).
+windows, the tokenizer and the arithmetic (`tasks` builds on it). Shapes: tokens_BT, nll_BT (nats).
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
 import sys
 import time
@@ -49,6 +48,7 @@ class Scorer:
     tokenizer: Any = None
     parameters: int = 0
     parameter_bytes: int = 0  # as stored, not as held in memory
+    generate: Callable | None = None  # (lists of ids, n) -> n new ids each, greedy
 
 
 def as_scorer(model) -> Scorer:
@@ -58,10 +58,28 @@ def as_scorer(model) -> Scorer:
     if hasattr(model, "params"):
         cfg, score = model.config, functools.partial(_jitted(model.config), model.params)
         size = models.count(cfg), parameter_bytes(cfg)
-        return Scorer(score, cfg.vocab_size, cfg.context_length, model.tokenizer, *size)
+        write = functools.partial(_greedy, model) if hasattr(model, "generate") else None
+        return Scorer(score, cfg.vocab_size, cfg.context_length, model.tokenizer, *size, write)
     vocab_size = jax.eval_shape(model, jax.ShapeDtypeStruct((1, 1), jnp.int32)).shape[-1]
     score = jax.jit(lambda tokens_BT, targets_BT: nll_of(model(tokens_BT), targets_BT))
     return Scorer(score, vocab_size, WINDOW)
+
+
+def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens_BT, mask_BT) of prompts that end together; an empty one is the single id 0."""
+    T = max(1, *map(len, prompts))
+    tokens_BT, mask_BT = np.zeros((len(prompts), T), np.int32), np.zeros((len(prompts), T), bool)
+    for ids, row_T, real_T in zip(prompts, tokens_BT, mask_BT, strict=True):
+        n = max(1, len(ids))
+        row_T[T - n :] = ids or 0
+        real_T[T - n :] = True
+    return tokens_BT, mask_BT
+
+
+def _greedy(model, prompts: Sequence[Sequence[int]], n: int) -> np.ndarray:
+    """n new ids after each prompt, [B, n]."""
+    tokens_BT, mask_BT = _left_padded(prompts)
+    return np.asarray(model.generate(tokens_BT, n, mask_BT))[:, tokens_BT.shape[1] :]
 
 
 def parameter_bytes(cfg: Config) -> int:
@@ -112,11 +130,11 @@ def evaluate(model, texts: Sequence[str], window=None, stride=None, batch=None) 
     the vocabulary, NaN.
     """
     scorer = as_scorer(model)
-    tok, bos = _tokenizer(scorer)
+    tok, bos = tokenizer_of(scorer)
     ids = data.encode_documents(tok, texts)
     if not len(ids):
         raise DelveError("evaluate: the text is empty; name text with --text")
-    _check_ids(ids, scorer.vocab_size)
+    check_ids(ids, scorer.vocab_size)
     window = window or min(scorer.context_length, WINDOW)
     stride = stride or max(1, window // 2)
     nll_n, per_second = _nll(scorer, ids, window, stride, batch, bos, timed=True)
@@ -159,7 +177,7 @@ def _nll(scorer: Scorer, ids, window, stride, batch, bos, timed=False) -> tuple[
     out = np.full(n, np.nan, np.float32)
     window_T = max(1, min(window, -(-n // 64) * 64))  # short texts need no full window
     cuts = spans(n, window_T, min(stride, window_T))
-    batch = batch or _batch(window_T, scorer.vocab_size)
+    batch = batch or batch_size(window_T, scorer.vocab_size)
     at_T = np.arange(window_T)
 
     def rows():
@@ -167,7 +185,7 @@ def _nll(scorer: Scorer, ids, window, stride, batch, bos, timed=False) -> tuple[
             at_BT = np.array([start for start, _ in cuts[i : i + batch]])[:, None] + at_T
             yield stream[np.minimum(at_BT, n - 1)], stream[np.minimum(at_BT + 1, n)]
 
-    scored, per_second = _run(scorer, rows(), batch, window_T, len(cuts), "nll", timed)
+    scored, per_second = run_rows(scorer, rows(), batch, window_T, len(cuts), "nll", timed)
     for (start, first), (nll_T, _) in zip(cuts, scored, strict=True):
         last = min(start + window_T, n)
         out[first:last] = nll_T[first - start : last - start]
@@ -176,7 +194,7 @@ def _nll(scorer: Scorer, ids, window, stride, batch, bos, timed=False) -> tuple[
     return out, per_second
 
 
-def _run(scorer: Scorer, rows, batch: int, window: int, total: int, desc: str, timed=False):
+def run_rows(scorer: Scorer, rows, batch: int, window: int, total: int, desc: str, timed=False):
     """[(nll_T, hit_T)] of all rows and positions per second; one shape, so one compilation.
 
     The first call compiles and does not count; where it is the only one, it is `timed` again.
@@ -202,170 +220,23 @@ def _run(scorer: Scorer, rows, batch: int, window: int, total: int, desc: str, t
     return out, positions / seconds if seconds else 0.0
 
 
-def _batch(window: int, vocab_size: int, most: int = 16) -> int:
+def batch_size(window: int, vocab_size: int, most: int = 16) -> int:
     """Rows per call so that the logits stay within _LOGITS, `most` at most."""
     return max(1, min(most, _LOGITS // (window * vocab_size)))
 
 
-def _tokenizer(scorer: Scorer):
+def tokenizer_of(scorer: Scorer):
     """The tokenizer (raw bytes for a vocabulary of 256 without one) and its `<|endoftext|>`."""
     tok = scorer.tokenizer
     tok = data.load_tokenizer(None, scorer.vocab_size) if tok is None else tok
     return tok, data.eot_of(tok)
 
 
-def _check_ids(ids: np.ndarray, vocab_size: int) -> None:
+def check_ids(ids: np.ndarray, vocab_size: int) -> None:
     if len(ids) and ids.max() >= vocab_size:
         raise DelveError(
             f"tokenizer.json: gives id {ids.max()}, the model has {vocab_size}; not its tokenizer"
         )
-
-
-# ---- tasks ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Example:
-    """Alternatives (context, continuation) of which `gold` is right; one alternative = cloze."""
-
-    pairs: tuple[tuple[str, str], ...]
-    gold: int = 0
-
-
-def read_task(path: str | Path) -> list[Example]:
-    """Examples of a .jsonl file: {query, choices, gold}, {context_options, continuation, gold},
-    {context, continuation} or {sentence_good, sentence_bad}. DelveError names file and line."""
-    examples = []
-    for number, line in enumerate(data.read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            examples.append(_example(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as err:
-            raise DelveError(
-                f"{path}:{number}: not a task line ({type(err).__name__}: {err}); wanted query, "
-                "choices, gold | context, continuation | sentence_good, sentence_bad"
-            ) from None
-    if not examples:
-        raise DelveError(f"{path}: holds no examples")
-    return examples
-
-
-def _example(row: dict) -> Example:
-    gold = 0
-    if "sentence_good" in row:
-        pairs = (("", row["sentence_good"]), ("", row["sentence_bad"]))
-    elif "choices" in row:
-        pairs, gold = tuple((row["query"], choice) for choice in row["choices"]), row["gold"]
-    elif "context_options" in row:
-        pairs = tuple((option, row["continuation"]) for option in row["context_options"])
-        gold = row["gold"]
-    else:
-        pairs = ((row["context"], row["continuation"]),)
-    if not all(
-        isinstance(context, str) and isinstance(text, str) and text for context, text in pairs
-    ):
-        raise TypeError("an alternative is empty or not a string")
-    if not 0 <= gold < len(pairs):
-        raise ValueError(f"gold {gold} of {len(pairs)} choices")
-    return Example(pairs, int(gold))
-
-
-def evaluate_task(model, path: str | Path, limit: int | None = None, batch=None) -> dict:
-    """Hard and soft metrics of a task file, means over its first `limit` examples.
-
-    All kinds: bits_per_byte and logprob (nats) of the right continuation, logprob_per_token and
-    _per_byte. Choices: acc, acc_norm (per byte), choice_logprob = log of the gold's share among the
-    choices, choice_prob_norm and choice_logprob_norm = the same of bits per byte (delphi.md 8).
-    Cloze: acc = every token of the continuation is the arg max. Bytes are those of the text of the
-    continuation without the space that joins it. Contexts are cut from the left to the window.
-    """
-    scorer = as_scorer(model)
-    tok, bos = _tokenizer(scorer)
-    examples = read_task(path)[: limit or None]
-    jobs = [_ids_of(tok, *pair) for example in examples for pair in example.pairs]
-    for ids, _ in jobs:
-        _check_ids(ids, scorer.vocab_size)
-    scored = iter(_continuations(scorer, jobs, batch, bos, Path(path).stem))
-    rows = [_example_metrics(one, [next(scored) for _ in one.pairs]) for one in examples]
-    out = {key: float(np.mean([row[key] for row in rows if key in row])) for key in rows[0]}
-    return {"task": Path(path).stem, "examples": len(rows), **out}
-
-
-def _example_metrics(example: Example, scored: list[tuple[float, bool, int]]) -> dict[str, float]:
-    """One example's metrics from (log-probability, all arg max, tokens) per alternative."""
-    gold = example.gold
-    ll_c = np.array([ll for ll, _, _ in scored])
-    bytes_c = np.array([max(1, len(text.encode("utf-8"))) for _, text in example.pairs])
-    out = {
-        "acc": float(np.argmax(ll_c) == gold if len(ll_c) > 1 else scored[0][1]),
-        "bits_per_byte": -ll_c[gold] / (bytes_c[gold] * math.log(2)),
-        "logprob": ll_c[gold],
-        "logprob_per_token": ll_c[gold] / max(1, scored[gold][2]),
-        "logprob_per_byte": ll_c[gold] / bytes_c[gold],
-    }
-    if len(ll_c) > 1:
-        bits_c = -ll_c / (bytes_c * math.log(2))
-        norm_c = np.exp(-bits_c - np.logaddexp.reduce(-bits_c))
-        out |= {
-            "acc_norm": float(np.argmin(bits_c) == gold),
-            "choice_logprob": ll_c[gold] - np.logaddexp.reduce(ll_c),
-            "choice_prob_norm": norm_c[gold],
-            "choice_logprob_norm": math.log(norm_c[gold] + 1e-30),
-        }
-    return out
-
-
-def _ids_of(tok, context: str, continuation: str) -> tuple[np.ndarray, int]:
-    """Ids of both together and how many belong to the continuation.
-
-    Joined by a space unless the context is empty or ends in white space; spaces at its end go to
-    the continuation, as byte-level BPE keeps a space with the word after it.
-    """
-    bare = context.rstrip(" ")
-    gap = context[len(bare) :] or (" " if context and not context[-1].isspace() else "")
-    both = np.asarray(tok.encode(bare + gap + continuation, add_special_tokens=False).ids, np.int32)
-    head = np.asarray(tok.encode(bare, add_special_tokens=False).ids, np.int32)
-    if not np.array_equal(both[: len(head)], head):  # a merge across the joint: cut it there
-        tail = tok.encode(gap + continuation, add_special_tokens=False).ids
-        both = np.concatenate([head, np.asarray(tail, np.int32)])
-    return both, len(both) - len(head)
-
-
-def _continuations(scorer: Scorer, jobs, batch, bos, desc) -> list[tuple[float, bool, int]]:
-    """(log-probability, all arg max, tokens) of the last `n` ids of each job (ids, n).
-
-    Rows are right-padded (a causal model does not see the padding) to a power of two, longest
-    first, so that few shapes are compiled and a lack of memory shows at once.
-    """
-    longest = min(scorer.context_length, WINDOW)
-    head = [] if bos is None else [bos]
-    streams = [np.array([*head, *ids][-longest - 1 :], np.int32) for ids, _ in jobs]
-    buckets = [_bucket(len(stream) - 1, longest) for stream in streams]
-    out: list = [None] * len(jobs)
-    for window in sorted(set(buckets), reverse=True):
-        members = [i for i, bucket in enumerate(buckets) if bucket == window]
-        size = batch or _batch(window, scorer.vocab_size, 64)
-        padded = np.zeros((len(members), window + 1), np.int32)
-        for row_T, i in zip(padded, members, strict=True):
-            row_T[: len(streams[i])] = streams[i]
-        parts = [padded[i : i + size] for i in range(0, len(members), size)]
-        rows = ((part[:, :-1], part[:, 1:]) for part in parts)
-        scored, _ = _run(scorer, rows, size, window, len(members), desc)
-        for i, (nll_T, hit_T) in zip(members, scored, strict=True):
-            n = jobs[i][1]
-            end = max(0, len(streams[i]) - 1)
-            first = max(0, end - n)
-            # without <|endoftext|> nothing predicts the first id of a text: a uniform guess
-            uniform = math.log(scorer.vocab_size) if bos is None and n == len(jobs[i][0]) else 0.0
-            total = float(nll_T[first:end].sum(dtype=np.float64)) + uniform
-            out[i] = (-total, bool(hit_T[first:end].all()), n)
-    return out
-
-
-def _bucket(n: int, limit: int) -> int:
-    """The power of two from 16 on that holds n positions, `limit` at most."""
-    return min(limit, max(16, 1 << max(0, n - 1).bit_length()))
 
 
 # ---- transformers --------------------------------------------------------------------------------
@@ -418,13 +289,22 @@ def hf_scorer(model_dir: str | Path, trust_remote_code: bool = False) -> Scorer:
             picked_BT = logits_BTV.gather(-1, targets_BT[..., None])[..., 0]
             return logits_BTV.logsumexp(-1) - picked_BT, logits_BTV.argmax(-1) == targets_BT
 
+    def write(prompts, n):
+        tokens_BT, mask_BT = _left_padded(prompts)
+        with torch.inference_mode():
+            out_BT = model.generate(
+                torch.from_numpy(tokens_BT).long(), attention_mask=torch.from_numpy(mask_BT).long(),
+                max_new_tokens=n, min_new_tokens=n, do_sample=False, num_beams=1, pad_token_id=0,
+            )  # fmt: skip
+        return out_BT[:, tokens_BT.shape[1] :].numpy()
+
     # stored once each: tied tables share their memory, and a DELVE's frozen gains are buffers
     sizes = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}
     parameters = sum(sizes.values())
     itemsize = jnp.dtype(config.get("dtype") or config.get("torch_dtype") or "float32").itemsize
     names = ("max_position_embeddings", "context_length", "n_positions")
     context = next((config[name] for name in names if config.get(name)), WINDOW)
-    return Scorer(score, vocab_size, context, tok, parameters, parameters * itemsize)
+    return Scorer(score, vocab_size, context, tok, parameters, parameters * itemsize, write)
 
 
 def evaluate_hf(

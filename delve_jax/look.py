@@ -14,6 +14,7 @@ import numpy as np
 from . import checkpoint, data, lm, models, parents
 from . import evaluate as evaluation
 from .config import Config, DelveError
+from .tasks import evaluate_task
 
 
 def valid_count(cfg: Config) -> int:
@@ -35,8 +36,12 @@ def evaluate(
     *,
     backend: str = "jax",
     trust_remote_code: bool = False,
+    **how,
 ) -> dict:
-    """nll and bits per byte on text files, metrics of jsonl tasks; backend "jax" or "hf"."""
+    """nll and bits per byte on text files, metrics of jsonl tasks; backend "jax" or "hf".
+
+    how: limit, shots, shots_from, mmlu, run_code of `tasks.evaluate_task`.
+    """
     if backend not in ("jax", "hf"):
         raise DelveError(f"--backend {backend}: choose jax or hf")
     if not text and not tasks:
@@ -46,7 +51,7 @@ def evaluate(
     if text:
         out |= evaluation.evaluate(model, texts_of(text))
     if tasks:
-        out["tasks"] = {Path(t).stem: evaluation.evaluate_task(model, t) for t in tasks}
+        out["tasks"] = {Path(t).stem: evaluate_task(model, t, **how) for t in tasks}
     return out
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import delve_jax.evaluate as evaluate
-from delve_jax import data, models
+from delve_jax import data, models, tasks
 from delve_jax.config import DelveError, MambaConfig, NeoxConfig, RwkvConfig
 
 V = 23
@@ -163,7 +163,7 @@ def test_damaged_weights_are_an_error_not_a_number(tmp_path):
         evaluate.evaluate(lm, TEXTS)
     path = write_task(tmp_path, [{"context": "a", "continuation": "b"}])
     with pytest.raises(DelveError, match="damaged"):
-        evaluate.evaluate_task(lm, path)
+        tasks.evaluate_task(lm, path)
 
 
 # ---- tasks ---------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_choices_by_the_published_formulas(tmp_path):
         {"query": words(), "choices": [words() for _ in range(4)], "gold": rng.randrange(4)}
         for _ in range(40)
     ]
-    got = evaluate.evaluate_task(unigram, write_task(tmp_path, rows), batch=7)
+    got = tasks.evaluate_task(unigram, write_task(tmp_path, rows), batch=7)
     want = {key: [] for key in got if key not in ("task", "examples")}
     for row in rows:
         gold = row["gold"]
@@ -236,12 +236,12 @@ def test_cloze_needs_every_token(tmp_path):
         {"context": "\t", "continuation": "\n\x0b"},  # other white space joins by itself
     ]
     path = write_task(tmp_path, rows)
-    got = evaluate.evaluate_task(alphabet, path)
+    got = tasks.evaluate_task(alphabet, path)
     assert got["acc"] == 0.75 and "acc_norm" not in got
-    assert evaluate.evaluate_task(alphabet, path, limit=2)["acc"] == 1
+    assert tasks.evaluate_task(alphabet, path, limit=2)["acc"] == 1
     # log p of the right byte: logits 9 there, 0 at the 255 others; the space is a token too
     want = 4 * (9 - math.log(math.exp(9) + 255))
-    assert evaluate.evaluate_task(alphabet, path, limit=1)["logprob"] == pytest.approx(want, 1e-4)
+    assert tasks.evaluate_task(alphabet, path, limit=1)["logprob"] == pytest.approx(want, 1e-4)
 
 
 def test_minimal_pairs_and_context_options(tmp_path):
@@ -249,9 +249,9 @@ def test_minimal_pairs_and_context_options(tmp_path):
         {"sentence_good": "abcdef", "sentence_bad": "abdcef"},
         {"sentence_good": "zyx", "sentence_bad": "abc"},
     ]
-    assert evaluate.evaluate_task(alphabet, write_task(tmp_path, rows))["acc"] == 0.5
+    assert tasks.evaluate_task(alphabet, write_task(tmp_path, rows))["acc"] == 0.5
     rows = [{"context_options": ["qj", "qk"], "continuation": "!", "gold": gold} for gold in (0, 1)]
-    assert evaluate.evaluate_task(alphabet, write_task(tmp_path, rows))["acc"] == 0.5
+    assert tasks.evaluate_task(alphabet, write_task(tmp_path, rows))["acc"] == 0.5
 
 
 def test_long_contexts_are_cut_from_the_left(tmp_path):
@@ -260,10 +260,10 @@ def test_long_contexts_are_cut_from_the_left(tmp_path):
     row = {"query": "q" * 500 + "tail", "choices": ["one", "two"], "gold": 1}
     short = row | {"query": "q" * 20 + "tail"}
     cut = evaluate.Scorer(evaluate.as_scorer(unigram).score, 256, 16)
-    a = evaluate.evaluate_task(cut, write_task(tmp_path, [row]))
-    b = evaluate.evaluate_task(cut, write_task(tmp_path, [short]))
+    a = tasks.evaluate_task(cut, write_task(tmp_path, [row]))
+    b = tasks.evaluate_task(cut, write_task(tmp_path, [short]))
     assert a == b and a["logprob"] == pytest.approx(ll_of(" two"), rel=1e-5)
-    assert evaluate.evaluate_task(lm, write_task(tmp_path, [row]))["examples"] == 1
+    assert tasks.evaluate_task(lm, write_task(tmp_path, [row]))["examples"] == 1
 
 
 @pytest.mark.parametrize(
@@ -284,10 +284,10 @@ def test_bad_task_lines_are_named(tmp_path, line):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"context": "a", "continuation": "b"}\n\n' + line + "\n")
     with pytest.raises(DelveError, match=r"bad\.jsonl:3: "):
-        evaluate.evaluate_task(unigram, path)
+        tasks.evaluate_task(unigram, path)
     path.write_text("\n")
     with pytest.raises(DelveError, match="no examples"):
-        evaluate.evaluate_task(unigram, path)
+        tasks.evaluate_task(unigram, path)
 
 
 # ---- transformers --------------------------------------------------------------------------------
