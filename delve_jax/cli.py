@@ -281,9 +281,9 @@ def _delphi_flags(verbs) -> None:
     p.add_argument("--batch", type=int, metavar="B", help="rows; default: the recipe's")
     points = "CSV with flops, params, loss and, if known, tokens, steps, batch_size"
     action("fit", "optima and laws of finished runs", None).add_argument("points", help=points)
-    action("forecast", "loss, interval and configuration at larger budgets").add_argument(
-        "points", help=points
-    )
+    p = action("forecast", "loss, interval and configuration at larger budgets")
+    p.add_argument("points", help=points)
+    p.add_argument("--recipe", metavar="FILE", help=other)
     p = action("sweep", "train and score a ladder of runs; writes DST/points.csv", None)
     p.add_argument("dst")
     p.add_argument("--flops", type=float, nargs="+", default=[], metavar="C",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
 import sys
 import time
@@ -48,7 +49,7 @@ class Scorer:
     tokenizer: Any = None
     parameters: int = 0
     parameter_bytes: int = 0  # as stored, not as held in memory
-    generate: Callable | None = None  # (lists of ids, n) -> n new ids each, greedy
+    generate: Callable | None = None  # (lists of ids, n) -> lists of n new ids at most, greedy
 
 
 def as_scorer(model) -> Scorer:
@@ -76,10 +77,17 @@ def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarr
     return tokens_BT, mask_BT
 
 
-def _greedy(model, prompts: Sequence[Sequence[int]], n: int) -> np.ndarray:
-    """n new ids after each prompt, [B, n]."""
+def _ended(new_BT, ends: Sequence[int]) -> list[list[int]]:
+    """The ids of each row before the first that ends a text."""
+    return [list(itertools.takewhile(lambda i: i not in ends, row)) for row in new_BT.tolist()]
+
+
+def _greedy(model, prompts: Sequence[Sequence[int]], n: int) -> list[list[int]]:
+    """At most n new ids after each prompt, until one that ends the text."""
     tokens_BT, mask_BT = _left_padded(prompts)
-    return np.asarray(model.generate(tokens_BT, n, mask_BT))[:, tokens_BT.shape[1] :]
+    new_BT = np.asarray(model.generate(tokens_BT, n, mask_BT))[:, tokens_BT.shape[1] :]
+    end = None if model.tokenizer is None else data.eot_of(model.tokenizer)
+    return _ended(new_BT, [end])
 
 
 def parameter_bytes(cfg: Config) -> int:
@@ -294,9 +302,10 @@ def hf_scorer(model_dir: str | Path, trust_remote_code: bool = False) -> Scorer:
         with torch.inference_mode():
             out_BT = model.generate(
                 torch.from_numpy(tokens_BT).long(), attention_mask=torch.from_numpy(mask_BT).long(),
-                max_new_tokens=n, min_new_tokens=n, do_sample=False, num_beams=1, pad_token_id=0,
+                max_new_tokens=n, do_sample=False, num_beams=1, pad_token_id=0,
             )  # fmt: skip
-        return out_BT[:, tokens_BT.shape[1] :].numpy()
+        ends = np.atleast_1d(model.generation_config.eos_token_id).tolist()  # one, some or None
+        return _ended(out_BT[:, tokens_BT.shape[1] :], ends)
 
     # stored once each: tied tables share their memory, and a DELVE's frozen gains are buffers
     sizes = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 import delve_jax.evaluate as evaluate
-from delve_jax import cli, sandbox, tasks, upcycle
+from delve_jax import cli, data, sandbox, tasks, upcycle
 from delve_jax.config import DelveError
+from delve_jax.delphi import points
 
 LOGP_V = np.log(np.random.default_rng(5).dirichlet(np.ones(256)))
 
@@ -158,9 +160,8 @@ def test_a_loaded_model_answers_alone_and_in_a_batch(tmp_path):
     prompts = [lm.tokenizer.encode(t).ids for t in ("The import system", "def main(argv):\n    if")]
     together = write_answers(prompts, 12)
     for prompt, new in zip(prompts, together, strict=True):
-        assert np.array_equal(write_answers([prompt], 12)[0], new)
-        whole = np.asarray(lm.generate(np.array([prompt]), 12))[0]
-        assert np.array_equal(whole[len(prompt) :], new)
+        assert len(new) == 12 and write_answers([prompt], 12)[0] == new
+        assert np.asarray(lm.generate(np.array([prompt]), 12))[0, len(prompt) :].tolist() == new
 
 
 # ---- programs ------------------------------------------------------------------------------------
@@ -232,3 +233,69 @@ def test_the_shared_gsm8k():
         pytest.skip("no ../shared/data")
     examples = tasks.read_task(path)
     assert len(examples) == 1319 and all(e.kind == "number" and e.answer for e in examples)
+
+
+# ---- both backends, and a pool of models ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hf_models(tmp_path_factory):
+    """Two small GPT-NeoX directories with a tokenizer."""
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    json_str = data.train_bpe(["2 + 2 = 4, Question: Answer: #### 4; some text to learn"], 270)
+    paths = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        path = tmp_path_factory.mktemp("hf") / f"model{seed}"
+        config = transformers.GPTNeoXConfig(
+            vocab_size=data.load_tokenizer(json_str, 270).get_vocab_size(), hidden_size=16,
+            num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+            max_position_embeddings=512, initializer_range=0.5, tie_word_embeddings=False,
+        )  # fmt: skip
+        transformers.GPTNeoXForCausalLM(config).save_pretrained(path)
+        (path / "tokenizer.json").write_text(json_str)
+        paths.append(path)
+    return paths
+
+
+def test_both_backends_write_the_same(hf_models):
+    import delve_jax
+
+    prompts = [[5, 9, 2], [7], [3, 3, 8, 1, 4, 6]]
+    ours = evaluate.as_scorer(delve_jax.load(hf_models[0])).generate(prompts, 20)
+    theirs = evaluate.hf_scorer(hf_models[0]).generate(prompts, 20)
+    # transformers takes id 2 for the end of a text unless a config says otherwise; ours goes on
+    assert all(a[: len(b)] == b and (len(b) == 20 or a[len(b)] == 2)
+               for a, b in zip(ours, theirs, strict=True))  # fmt: skip
+    assert any(len(b) == 20 for b in theirs)
+
+
+def test_an_answer_ends_with_the_text():
+    assert evaluate._ended(np.array([[5, 0, 7], [5, 6, 7]]), [0]) == [[5], [5, 6, 7]]
+    assert evaluate._ended(np.array([[5, 0, 7]]), [None]) == [[5, 0, 7]]
+
+
+def test_a_pool_of_models(hf_models, tmp_path, capsys):
+    """One CSV a task that `delve delphi downstream --pool` reads; a missing model is left out."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
+    import reference_pool
+
+    choices = write(tmp_path, [mmlu_row(i, "x") for i in range(8)], "mmlu.jsonl")
+    numbers = write(tmp_path, [{"question": "How?", "answer": "so\n#### 4"}], "gsm.jsonl")
+    argv = ["--models", *map(str, hf_models), str(tmp_path / "none"), "--out", str(tmp_path / "p"),
+            "--tasks", str(choices), str(numbers)]  # fmt: skip
+    reference_pool.main(argv)
+    out, err = capsys.readouterr()
+    assert "left out" in err and "none" in err
+    assert out.split() == [str(tmp_path / "p" / n) for n in ("gsm.csv", "mmlu.csv")]
+    lines = (tmp_path / "p" / "mmlu.csv").read_text().splitlines()
+    assert lines[0] == "model,soft,hard" and len(lines) == 3
+    want = tasks.evaluate_task(evaluate.hf_scorer(hf_models[0]), choices)
+    assert lines[1] == f"{hf_models[0]},{want['choice_logprob']},{want['acc']}"
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "p").glob("*.json")}
+    reference_pool.main(argv)
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "p").glob("*.json")} == before
+    rows, _ = points.table(tmp_path / "p" / "mmlu.csv", {"soft": ("soft",), "hard": ("hard",)}, ())
+    assert len(rows) == 2

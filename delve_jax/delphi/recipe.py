@@ -39,6 +39,7 @@ class Recipe:
     vocab_size: int = 128256  # V, of Llama 3's tokenizer
     head_dim: int = 128  # heads are H / 128, each with its own keys and values
     mlp_ratio: int = 4  # F = 4H (SwiGLU)
+    depth_base: int = 55  # of the width over the depth, grows with 4 log2 H
     min_hidden: int = 512
     max_hidden: int = 131072  # not itself a candidate
     fine_step: int = 128  # of widths ...
@@ -72,8 +73,8 @@ class Recipe:
     # ---- width -> shape --------------------------------------------------------------------------
 
     def layers(self, H: int) -> int:
-        """L = round(H / (64 + 4 log2 H - 9)), at least 1."""
-        return max(1, round(H / (64 + 4 * math.log2(H) - 9)))
+        """L = round(H / (55 + 4 log2 H)), at least 1."""
+        return max(1, round(H / (self.depth_base + 4 * math.log2(H))))
 
     def heads(self, H: int) -> int:
         """Query heads; as many key and value heads."""

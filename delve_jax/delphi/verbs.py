@@ -30,9 +30,9 @@ def fit(points: str) -> dict:
     return forecasts.report(runs, forecasts.interval(runs, runs.budgets), whole)
 
 
-def forecast(points: str, flops: list[float]) -> dict:
+def forecast(points: str, flops: list[float], recipe: str | None = None) -> dict:
     """Losses with intervals and configurations at larger budgets."""
-    return forecasts.forecast(points, flops)
+    return forecasts.forecast(points, flops, recipe=recipes.read(recipe))
 
 
 def downstream(scores_csv: str, flops: list[float], **how) -> dict:
