@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from delve_jax import models
-from delve_jax.compress import anchor, prune
+from delve_jax.compress import anchor, assembly, curves, prune
 from delve_jax.compress.allocate import Plan, parent_maps
 from delve_jax.compress.anchor import Anchor
 from delve_jax.compress.assembly import assemble, replaced
@@ -186,7 +186,7 @@ def pass_one(cfg, params, folder):
 
 
 def second(spectra, plan):
-    again = functools.partial(Anchor, spectra, plan, True)
+    again = functools.partial(Anchor, spectra, plan, True, 0.5)
     return assemble(spectra.source, spectra, plan, anchor=again)
 
 
@@ -237,6 +237,59 @@ def test_student_stays_nearer_to_its_parent(family, tmp_path, randomised):
     if family == "neox":  # its last map has a bias, which takes up the mean of all that drifted
         once, again = (drift(cfg, params, new, p, spectra.tokens).mean(1) for p in (once, again))
         assert np.abs(again).max() < 1e-3 * np.abs(once).max()
+
+
+def scripted(monkeypatch, losses):
+    """`curves.checked` that says how far each student diverges, one list of nats a call."""
+    calls = iter(losses)
+    monkeypatch.setattr(anchor.curves, "checked",
+                        lambda spectra, students: [{"kl": kl} for kl in next(calls)])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("before", "losses", "blend"),
+    [
+        (1.0, [[0.9]], 0.5),
+        (1.0, [[0.97], [0.9]], 0.25),  # little gained: the next is tried
+        (1.0, [[0.97], [0.98]], 0.5),  # and may be worse
+        (1.0, [[1.1], [0.9]], 0.25),
+        (1.0, [[1.1], [1.2], [1.0]], 0.0),
+        (1.0, [[float("nan")], [0.9]], 0.25),
+        (None, [[1.1, 1.0], [0.9]], 0.25),
+        (None, [[0.9, 1.0]], 0.5),
+    ],
+)
+def test_the_blend_that_helps_is_taken(before, losses, blend, tmp_path, monkeypatch, randomised):
+    """The one that diverges least, pass 1 included, known or measured beside it."""
+    cfg = FAMILIES["mamba"]
+    spectra, plan = pass_one(cfg, randomised(cfg, 0), tmp_path)
+
+    def put_together(again=None):
+        return assemble(spectra.source, spectra, plan, anchor=again)
+
+    want = put_together(
+        blend and functools.partial(Anchor, spectra, plan, True, blend) or None
+    ).params
+    least = min(np.nan_to_num(first, nan=9) for first, *_ in losses)
+    for script in (losses, losses[:1] if before is None else losses[2:]):
+        # the second call goes by the verdicts of the first: those blends are not measured again
+        scripted(monkeypatch, script)
+        out, facts, chosen = anchor.best(spectra, plan, True, put_together, before)
+        assert (chosen, facts["kl"]) == (blend, least)
+        jax.tree.map(np.testing.assert_array_equal, out.params, want)
+
+
+def test_measured_for_what_it_is(tmp_path, randomised):
+    """The facts are those of the student that comes back, not of another one."""
+    cfg = FAMILIES["neox"]
+    spectra, plan = pass_one(cfg, randomised(cfg, 0), tmp_path)
+    out, facts, blend = anchor.best(
+        spectra, plan, True, lambda a: assemble(spectra.source, spectra, plan, anchor=a)
+    )
+    (again,) = curves.checked(spectra, [assembly.student(out)])
+    (first,) = curves.measured(spectra, [plan])
+    assert again["kl"] == pytest.approx(facts["kl"], rel=1e-6)
+    assert facts["kl"] <= first["kl"] and (blend == 0) == (facts["kl"] == first["kl"])
 
 
 def test_first_map_behind_dense_tables_is_that_of_pass_one(tmp_path, randomised):

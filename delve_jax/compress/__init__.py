@@ -8,7 +8,6 @@ on disk, resumable), ranks (`curves` and `knapsack`, or the uniform rule of `all
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -18,9 +17,9 @@ import numpy as np
 
 from .. import VerbModule, metrics
 from ..config import DelveError, ParentConfig
+from . import anchor as pass2
 from . import assembly, curves, knapsack, moments, prune
 from .allocate import Map, Plan, allocate, budget_of, parent_maps
-from .anchor import Anchor
 from .spectra import TABLES, InMemory, Spectra, recipe
 
 # "+allocation": the method's own factors at the ranks that our allocator gives them
@@ -29,7 +28,10 @@ METHODS = ("delve", "svd", "asvd", "svd-llm", "svd-llm+allocation")
 
 @dataclass(frozen=True)
 class Report:
-    """What was done: ranks and relative RMS error per map and layer, totals, full spectra."""
+    """What was done: ranks and relative RMS error per map and layer, totals, full spectra.
+
+    Errors and spectra are those of pass 1; what was measured is the result.
+    """
 
     method: str
     plan: Plan
@@ -41,6 +43,7 @@ class Report:
     curves: dict[str, tuple[float, float]] = field(default_factory=dict)  # nats = a tail^b
     dense: dict[str, tuple[int, int]] = field(default_factory=dict)  # maps that stay so, shapes
     measured: dict | None = None  # KL as it is, nll of both, nats a token; the tokens it is from
+    blend: float = 0.0  # of pass 2 (`anchor.BLENDS`), 0: there was none, or it did not help
 
     def to_json(self) -> dict:
         """Everything but the spectra (`np.savez(path, **report.spectra)` saves those)."""
@@ -56,6 +59,7 @@ class Report:
             "expected_kl": self.expected,
             "bound_kl": self.bound,
             "measured": self.measured,
+            "blend": self.blend,
             "neurons": list(plan.neurons),
             "dense": {name: list(shape) for name, shape in self.dense.items()},
             "curves": {name: list(ab) for name, ab in self.curves.items()},
@@ -104,12 +108,12 @@ def compress(
     tokens_NT: int calibration windows [N, T] (method "svd" takes None). keep: kept share of ALL
     parameters, counted at the valid vocabulary rows; or budget: their absolute number. keep 1.0
     returns the parameters unchanged but for the padding rows of the vocabulary, which are always
-    cut. metric, bias, allocation, pruning: parts of method "delve" (all on; the ablation turns them
-    off). seed: of the labels that the metric samples. work: folder of the factors at every rank,
-    which another keep ratio takes up again (None: a temporary one). check: measure the divergence
-    of the result. Factors keep the kernel's dtype and come back on the default device: a caller
-    with a mesh lays them out again. DelveError: unknown method, family or ratio, ids out of range,
-    weights or activations that are not finite.
+    cut. metric, bias, allocation, pruning, anchor: parts of method "delve" (all on; the ablation
+    turns them off). seed: of the labels that the metric samples. work: folder of the factors at
+    every rank, which another keep ratio takes up again (None: a temporary one). check: measure the
+    divergence of the result. Factors keep the kernel's dtype and come back on the default device: a
+    caller with a mesh lays them out again. DelveError: unknown method, family or ratio, ids out of
+    range, weights or activations that are not finite.
     """
     if method not in METHODS:
         raise DelveError(f"--method {method}: unknown; available are {', '.join(METHODS)}")
@@ -150,14 +154,21 @@ def compress(
         if allocation:
             report = _allocated(spectra, [*tables, *body], plan, report)
         stacks = None if streamed is None else Path(work or place) / "stacks"
-        with metrics.progress(cfg.n_layers, "assemble", "layer", not progress) as bar:
-            again = None
-            if anchor and ours:
-                again = functools.partial(Anchor, spectra, report.plan, bias)
-            out = assembly.assemble(source, spectra, report.plan, stacks, bar.update, again)
-        if check and spectra.sweep and (again or report.measured is None):
-            (facts,) = curves.checked(spectra, [assembly.student(out)])
-            report = dataclasses.replace(report, measured=facts)
+
+        def assembled(anchor=None):
+            with metrics.progress(cfg.n_layers, "assemble", "layer", not progress) as bar:
+                plan = report.plan
+                return assembly.assemble(source, spectra, plan, stacks, bar.update, anchor)
+
+        if anchor and ours:
+            before = report.measured and report.measured["kl"]
+            out, facts, blend = pass2.best(spectra, report.plan, bias, assembled, before)
+            report = dataclasses.replace(report, measured=facts, blend=blend)
+        else:
+            out = assembled()
+            if check and spectra.sweep and report.measured is None:
+                (facts,) = curves.checked(spectra, [assembly.student(out)])
+                report = dataclasses.replace(report, measured=facts)
     shapes = {m.name: (m.n_in, m.n_out) for m in [*tables, *body]}
     dense = {name: shape for name, shape in shapes.items() if name not in report.plan.ranks}
     report = dataclasses.replace(

@@ -4,6 +4,8 @@ Two streams go through the parent block by block: x, its own, and x', that of th
 map's target are the parent's outputs (`factorize.anchored`, compression.md (3) to (6)); one that
 writes to the residual stream also makes up for how far the student's has drifted there. Ranks and
 metric are those of pass 1. Held: one block and the moments of one map; the streams are files.
+Where much was cut, the student's stream is too far off to be led back: what decides is how far the
+result diverges from the parent when it is run (`best`).
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -24,14 +26,16 @@ from flax import linen as nn
 from .. import models
 from ..config import DelveError, ParentConfig
 from ..models.linear import HIGHEST, Linear, wide
+from . import assembly, curves
 from .allocate import Plan
-from .assembly import replaced
+from .assembly import Assembled, replaced
 from .factorize import anchored
 from .moments import Sweep, merge
 from .spectra import FLOOR, Spectra, at
 
 RIDGE = 1e-3  # of the mean energy of a map's inputs
-BLEND = 0.5  # of the way from W to the target that fits the parent's outputs best
+BLENDS = (0.5, 0.25)  # of the way from W to the target that fits the parent's outputs best
+PLENTY = 0.05  # of the divergence: a blend that takes so much off is taken as it is
 # Maps with more inputs keep the factors of pass 1: at 16384 the Gram of the inputs and its
 # factorisation take 4 GiB and 1.5e12 operations a layer (compression.md section 10).
 WIDEST = 8192
@@ -96,6 +100,68 @@ def _step(cfg: ParentConfig):
     return jax.jit(functools.partial(models.block_apply, cfg))
 
 
+def best(
+    spectra: Spectra,
+    plan: Plan,
+    centred: bool,
+    assembled: Callable[[Callable | None], Assembled],
+    before: float | None = None,
+    read: Callable = lambda top: top,
+    outer: Callable | None = None,
+) -> tuple[Assembled, dict, float]:
+    """(what was put together, its facts from `curves.checked`, the blend): which of BLENDS diverges
+    least from the parent, or pass 1 itself, blend 0. The next is tried where one gains little.
+
+    assembled(anchor) puts the student together, None as pass 1 left it. before: nats that pass 1
+    loses, where they are known. read, outer: of a student whose vocabulary tables are not its own,
+    what they look like to `Anchor` and to the parent's programs.
+    """
+    first = curves.student(spectra, plan.ranks, plan.neurons)
+    first = first._replace(outer=outer or first.outer, late=False)
+    nats = {0.0: before}
+    out = facts = at = None
+
+    def put_together(blend):
+        make = functools.partial(Anchor, spectra, plan, centred, blend)
+        return assembled(blend and (lambda cfg, top: make(cfg, read(top))) or None)
+
+    def checked(out, *others):
+        student = assembly.student(out)
+        student = student._replace(outer=outer or student.outer)
+        return curves.checked(spectra, [student, *others])
+
+    for blend in BLENDS:
+        verdict = _folder(spectra, plan, centred, blend) / "verdict.json"
+        if before is None or not verdict.exists():
+            del out  # its files are written anew
+            out, at = put_together(blend), blend
+            facts, *more = checked(out, *([first] if before is None else []))
+            before = nats[0.0] = more[0]["kl"] if more else before
+            half = verdict.with_suffix(".writing")
+            half.write_text(json.dumps(facts))
+            half.replace(verdict)
+        nats[blend] = json.loads(verdict.read_text())["kl"]
+        if nats[blend] < (1 - PLENTY) * before:
+            break
+    chosen = min(nats, key=lambda b: (np.nan_to_num(nats[b], nan=np.inf), -b))
+    if chosen != at:
+        del out
+        out = put_together(chosen)
+        facts = (
+            json.loads((_folder(spectra, plan, centred, chosen) / "verdict.json").read_text())
+            if chosen
+            else curves.checked(spectra, [first])[0]
+        )
+    return out, facts, chosen
+
+
+def _folder(spectra: Spectra, plan: Plan, centred: bool, blend: float) -> Path:
+    """Where what one blend fits for a plan is kept."""
+    how = [centred, RIDGE, blend, WIDEST, RESIDUAL[spectra.cfg.family]]
+    key = json.dumps([plan.ranks, plan.neurons, plan.budget, plan.tables, how])
+    return spectra.folder / f"anchor-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
 class Anchor(Sweep):
     """The student of a plan, block by block: `layer` takes what pass 1 made and fits it again.
 
@@ -103,16 +169,15 @@ class Anchor(Sweep):
     biases take up means. What was fitted stands in a folder of the plan inside that of `spectra`.
     """
 
-    def __init__(self, spectra: Spectra, plan: Plan, centred: bool, cfg: ParentConfig, top: dict):
+    def __init__(self, spectra: Spectra, plan: Plan, centred: bool, blend: float,
+                 cfg: ParentConfig, top: dict):  # fmt: skip
         super().__init__(spectra.source, spectra.tokens)
-        self.spectra, self.plan, self.centred = spectra, plan, centred
+        self.spectra, self.plan, self.centred, self.blend = spectra, plan, centred, blend
         self.order = models.FAMILY[cfg.family].FACTORABLE  # as the block runs them
         self.small = dataclasses.replace(cfg, ranks=())  # factors are multiplied out to be run
         self._shapes = models.abstract_params(self.small)["layers"]
         self._streams = (2, *self.tokens.shape, cfg.d_model)
-        how = [centred, RIDGE, BLEND, WIDEST, RESIDUAL[cfg.family]]
-        key = json.dumps([plan.ranks, plan.neurons, plan.budget, plan.tables, how])
-        self.folder = spectra.folder / f"anchor-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+        self.folder = _folder(spectra, plan, centred, blend)
         self.folder.mkdir(exist_ok=True)
         for left in spectra.folder.glob("anchor-*/*.npy"):  # of another plan that was stopped
             if left.parent != self.folder:
@@ -189,7 +254,7 @@ class Anchor(Sweep):
         """The leaf in the same shapes and dtypes, fitted; dense: the map that it stands for."""
         bias_O = dense["bias"] if self.centred and "bias" in dense else None
         goal = anchored(
-            dense["kernel"], **m, bias_O=bias_O, grad=grad, ridge=RIDGE, blend=BLEND
+            dense["kernel"], **m, bias_O=bias_O, grad=grad, ridge=RIDGE, blend=self.blend
         )  # fmt: skip
         if "v" in leaf:
             fit = goal.factor(leaf["v"].shape[1], m["mean_I"], FLOOR)

@@ -7,7 +7,6 @@ knapsack in which parents, kinds of maps and codes compete for the same paramete
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..config import DelveError, ParentConfig
 from ..metrics import progress
 from . import codes, curves, knapsack, prune
 from .allocate import Plan, parent_maps, rank_grid
-from .anchor import Anchor
+from .anchor import best
 from .assembly import assemble
 from .knapsack import Item, Kind, Option
 from .moments import Student, check_tokens
@@ -81,20 +80,22 @@ def compress(parts: list[Part], budget: int, work: Path, *, seed: int = 0, bars=
     choice = knapsack.choose(kinds, fixed, budget, total=total)
     rank = choice.sizes[CODES, 0]
     parents, plans = [], {}
-    for part, own in zip(parts, shared.at(rank), strict=True):
+    measured = {}
+    for k, (part, own) in enumerate(zip(parts, shared.at(rank), strict=True)):
         spectra, body = held[part.name]
         plan = plans[part.name] = _plan(part.name, body, choice, total, budget)
-        again = functools.partial(_anchor, spectra, plan, own)
-        cfg, params, _, _ = assemble(part.source, spectra, plan, anchor=again)
+        (cfg, params, _, _), facts, blend = best(
+            spectra, plan, True,
+            lambda anchor, p=part, s=spectra, a=plan: assemble(p.source, s, a, anchor=anchor),
+            read=lambda top, own=own: {**top, "embed": own["embed"]},  # through the codes
+            outer=_student(shared, k, rank).outer,
+        )  # fmt: skip
+        measured[part.name] = {**facts, "blend": blend}
         parents.append((part.name, codes.shared(cfg, rank), {**params, **own}))
     report = {"budget": budget, "parameters": choice.parameters, "codes": rank,
-              "expected_kl_sum": choice.error, "bound_kl_sum": choice.bound}  # fmt: skip
+              "expected_kl_sum": choice.error, "bound_kl_sum": choice.bound,
+              "measured": measured}  # fmt: skip
     return Together(parents, rank, plans, report)
-
-
-def _anchor(spectra: Spectra, plan: Plan, own: dict, cfg: ParentConfig, top: dict) -> Anchor:
-    """Pass 2 of a parent whose student reads through the codes."""
-    return Anchor(spectra, plan, True, cfg, {**top, "embed": own["embed"]})
 
 
 def _named(parent: str, kind: Kind) -> Kind:

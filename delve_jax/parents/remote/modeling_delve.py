@@ -17,6 +17,9 @@ from transformers.utils import can_return_tuple
 
 from .configuration_delve import ATTENTION, DelveConfig
 
+# what `generate` calls the cache, in its keywords and in outputs: renamed in transformers 5.24
+CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
+
 EPS = 1e-6  # of the gainless RMS that hub and gate read
 EMPTY = -1e38  # log-weight of an empty RWKV state
 CHUNK = 64  # steps whose inputs are prepared at once in the recurrences
@@ -551,9 +554,8 @@ class DelveForCausalLM(DelvePreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
-        if self.attention_index is None and type(cache) is DynamicCache:
-            model_kwargs["past_key_values"] = RecurrentCache(config=self.config)
+        if self.attention_index is None and type(model_kwargs.get(CACHE)) is DynamicCache:
+            model_kwargs[CACHE] = RecurrentCache(config=self.config)
 
     @staticmethod
     def create_masks_for_generate(attention_mask=None, **kwargs):
@@ -645,6 +647,7 @@ class DelveForCausalLM(DelvePreTrainedModel, GenerationMixin):
         attention_mask=None,
         position_ids=None,
         past_key_values=None,
+        cache=None,
         labels=None,
         use_cache=None,
         logits_to_keep=0,
@@ -653,16 +656,17 @@ class DelveForCausalLM(DelvePreTrainedModel, GenerationMixin):
         """input_ids [B, T] -> logits [B, T, V] float32 (last `logits_to_keep` positions; 0: all).
 
         attention_mask [B, all tokens so far]: 0 marks padding, on the left where a cache is used.
+        cache: from transformers 5.24 on the name of past_key_values.
         labels [B, T]: shifted inside; -100 is ignored.
         """
         if input_ids is None:
             raise ValueError("input_ids are needed: each stream has its own embedding table")
         if use_cache is None:
             use_cache = self.config.use_cache and labels is None and not self.training
-        if use_cache and past_key_values is None:
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
             kind = DynamicCache if self.attention_index is not None else RecurrentCache
-            past_key_values = kind(config=self.config)
-        cache = past_key_values
+            cache = kind(config=self.config)
         steps = self._steps(input_ids, attention_mask, position_ids, cache)
         features = self.features(input_ids, steps)
         if isinstance(cache, RecurrentCache):
@@ -672,7 +676,7 @@ class DelveForCausalLM(DelvePreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
 
 __all__ = ["DelveForCausalLM", "DelvePreTrainedModel"]
