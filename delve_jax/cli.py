@@ -215,7 +215,10 @@ def parser() -> Parser:
     p.add_argument("src")
     p.add_argument("--prompt", required=True)
     p.add_argument("--max-new-tokens", type=int, default=64)
-    p.add_argument("--temperature", type=float, default=0.0)
+    p.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    p.add_argument("--top-k", type=int, default=0, metavar="K", help="among the K likeliest ids")
+    p.add_argument("--top-p", type=float, default=1.0, metavar="P",
+                   help="among the fewest ids that hold the share P")  # fmt: skip
     p.add_argument("--seed", type=int, default=0)
 
     p = verb("info", "what a source is: family, parameters, ranks, pool weights")

@@ -77,7 +77,7 @@ def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarr
     return tokens_BT, mask_BT
 
 
-def _ended(new_BT, ends: Sequence[int]) -> list[list[int]]:
+def ended(new_BT, ends: Sequence[int]) -> list[list[int]]:
     """The ids of each row before the first that ends a text."""
     return [list(itertools.takewhile(lambda i: i not in ends, row)) for row in new_BT.tolist()]
 
@@ -85,9 +85,10 @@ def _ended(new_BT, ends: Sequence[int]) -> list[list[int]]:
 def _greedy(model, prompts: Sequence[Sequence[int]], n: int) -> list[list[int]]:
     """At most n new ids after each prompt, until one that ends the text."""
     tokens_BT, mask_BT = _left_padded(prompts)
-    new_BT = np.asarray(model.generate(tokens_BT, n, mask_BT))[:, tokens_BT.shape[1] :]
     end = None if model.tokenizer is None else data.eot_of(model.tokenizer)
-    return _ended(new_BT, [end])
+    ends = [] if end is None else [end]
+    out_BT = np.asarray(model.generate(tokens_BT, n, mask_BT, stop=ends))
+    return ended(out_BT[:, tokens_BT.shape[1] :], ends)
 
 
 def parameter_bytes(cfg: Config) -> int:
@@ -305,7 +306,7 @@ def hf_scorer(model_dir: str | Path, trust_remote_code: bool = False) -> Scorer:
                 max_new_tokens=n, do_sample=False, num_beams=1, pad_token_id=0,
             )  # fmt: skip
         ends = np.atleast_1d(model.generation_config.eos_token_id).tolist()  # one, some or None
-        return _ended(out_BT[:, tokens_BT.shape[1] :], ends)
+        return ended(out_BT[:, tokens_BT.shape[1] :], ends)
 
     # stored once each: tied tables share their memory, and a DELVE's frozen gains are buffers
     sizes = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}

@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,9 @@ class LM:
     def __init__(self, config: Config, params: dict, tokenizer=None):
         self.config, self.params, self.tokenizer = config, params, tokenizer
         self._forward = jax.jit(functools.partial(models.forward, config))
-        self._decode = jax.jit(functools.partial(_decode, config), static_argnames=("n", "sample"))
+        self._decode = jax.jit(
+            functools.partial(_decode, config), static_argnames=("n", "sample", "top_k", "stop")
+        )
 
     def logits(self, tokens_BT, mask_BT=None) -> jax.Array:
         """float32 logits [B, T, V] over the valid ids; log-probabilities of a DELVE with J > 1.
@@ -53,15 +57,26 @@ class LM:
         mask_BT=None,
         *,
         temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop: Sequence[int] = (),
         seed: int = 0,
     ) -> jax.Array:
         """Prompt and `max_new_tokens` new ids, [B, T + n]: greedy, or sampled at a temperature.
 
-        Cached and compiled: one prefill, then one loop on the device.
+        top_k, top_p: sample among the k likeliest ids (0: all), or the fewest of them that hold the
+        share top_p. stop: ids that end a row, which is filled up with the id that ended it; the
+        loop ends when all rows have. Cached and compiled: one prefill, then one loop on the device.
         """
         tokens_BT = self._checked(tokens_BT)
-        if max_new_tokens < 1:
-            raise DelveError(f"max_new_tokens {max_new_tokens}: must be at least 1")
+        for name, value, fits, must in (
+            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "be at least 1"),
+            ("temperature", temperature, 0 <= temperature < math.inf, "not be negative"),
+            ("top_k", top_k, top_k >= 0, "not be negative"),
+            ("top_p", top_p, 0 < top_p <= 1, "lie in (0, 1]"),
+        ):
+            if not fits:
+                raise DelveError(f"{name} {value}: must {must}")
         b, T = tokens_BT.shape
         pad = -T % PAD_TO
         mask_BT = _checked_mask(mask_BT, tokens_BT)
@@ -72,7 +87,9 @@ class LM:
         state = models.init_state(self.config, b, T + pad + max_new_tokens)
         new = self._decode(
             self.params, padded_BT, mask_BT, state, jax.random.key(seed),
-            jnp.float32(temperature or 1.0), n=max_new_tokens, sample=temperature > 0,
+            jnp.float32(temperature or 1.0), jnp.float32(top_p), n=max_new_tokens,
+            sample=temperature > 0, top_k=min(top_k, self.config.vocab_size),
+            stop=tuple(map(int, stop)),
         )  # fmt: skip
         return jnp.concatenate([tokens_BT, new], axis=1)
 
@@ -99,26 +116,50 @@ def _checked_mask(mask_BT, tokens_BT):
     return None if mask.all() else jnp.asarray(mask)
 
 
-def _decode(cfg, params, tokens_BT, mask_BT, state, key, temperature, *, n, sample):
-    """Prefill, then n - 1 single steps in one compiled loop -> new ids [B, n]."""
+def _decode(
+    cfg, params, tokens_BT, mask_BT, state, key, temperature, top_p, *, n, sample, top_k, stop
+):
+    """Prefill, then at most n - 1 single steps in one compiled loop -> new ids [B, n]."""
 
     def pick(logits_BV, key):
         if sample:
-            return jax.random.categorical(key, logits_BV / temperature).astype(jnp.int32)
+            logits_BV = truncated(logits_BV / temperature, top_k, top_p)
+            return jax.random.categorical(key, logits_BV).astype(jnp.int32)
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+    def ended(token_B):
+        return (token_B[:, None] == jnp.array(stop, jnp.int32)).any(-1)
 
     logits, state = models.forward(cfg, params, tokens_BT, state, mask_BT)
     keys = jax.random.split(key, n)
     first = pick(logits[:, -1], keys[0])
+    new_nB = jnp.broadcast_to(first, (n, len(first)))
 
-    def one(carry, key):
-        token_B, state = carry
+    def going(carry):
+        i, token_B, _, _ = carry
+        return (i < n) & ~(ended(token_B).all() & bool(stop))
+
+    def one(carry):
+        i, token_B, state, new_nB = carry
         logits, state = models.forward(cfg, params, token_B[:, None], state)
-        token_B = pick(logits[:, -1], key)
-        return (token_B, state), token_B
+        token_B = jnp.where(ended(token_B), token_B, pick(logits[:, -1], keys[i]))
+        return i + 1, token_B, state, new_nB.at[i].set(token_B)
 
-    _, rest = lax.scan(one, (first, state), keys[1:])
-    return jnp.concatenate([first[None], rest]).T
+    last, token_B, _, new_nB = lax.while_loop(going, one, (1, first, state, new_nB))
+    return jnp.where(jnp.arange(n)[:, None] < last, new_nB, token_B).T  # all rows ended before n
+
+
+def truncated(logits_BV, top_k: int, top_p) -> jax.Array:
+    """Logits with -inf for all but the top_k largest (0: all), and of those for all but the fewest
+    that hold the share top_p of the probability (nucleus sampling, arXiv 1904.09751)."""
+    if top_k:
+        least_B1 = lax.top_k(logits_BV, top_k)[0][..., -1:]
+        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    sorted_BV = jnp.sort(logits_BV, descending=True, axis=-1)
+    share_BV = jax.nn.softmax(sorted_BV, axis=-1)
+    inside_BV = jnp.cumsum(share_BV, axis=-1) - share_BV < top_p  # the likeliest always is
+    least_B1 = jnp.min(jnp.where(inside_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
 
 
 def load(src, dtype: str | None = "float32", mesh=None) -> LM:

@@ -56,22 +56,34 @@ def evaluate(
 
 
 def generate(
-    src, prompt: str, *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
+    src,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
 ):
-    """Continue a text -> {"prompt", "text", "tokens"}; greedy at temperature 0."""
+    """Continue a text -> {"prompt", "text", "tokens"}; greedy at temperature 0.
+
+    It ends before `<|endoftext|>`, or after `max_new_tokens`.
+    """
     model = src if isinstance(src, lm.LM) else lm.load(src)
     if model.tokenizer is None:
         raise DelveError(f"{src}: has no tokenizer.json, so it cannot continue text")
     ids = model.tokenizer.encode(prompt).ids
+    eot = data.eot_of(model.tokenizer)
     if not ids:
-        eot = data.eot_of(model.tokenizer)
         if eot is None:
             raise DelveError("--prompt: is empty; give some text")
         ids = [eot]
-    if temperature < 0:
-        raise DelveError(f"--temperature {temperature}: must not be negative")
-    out = model.generate(np.array([ids]), max_new_tokens, temperature=temperature, seed=seed)
-    new = np.asarray(out)[0, len(ids) :].tolist()
+    ends = [] if eot is None else [eot]
+    out = model.generate(
+        np.array([ids]), max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        stop=ends, seed=seed,
+    )  # fmt: skip
+    new = evaluation.ended(np.asarray(out)[:, len(ids) :], ends)[0]
     return {"prompt": prompt, "text": model.tokenizer.decode(new), "tokens": new}
 
 

@@ -273,8 +273,8 @@ def test_both_backends_write_the_same(hf_models):
 
 
 def test_an_answer_ends_with_the_text():
-    assert evaluate._ended(np.array([[5, 0, 7], [5, 6, 7]]), [0]) == [[5], [5, 6, 7]]
-    assert evaluate._ended(np.array([[5, 0, 7]]), [None]) == [[5, 0, 7]]
+    assert evaluate.ended(np.array([[5, 0, 7], [5, 6, 7]]), [0]) == [[5], [5, 6, 7]]
+    assert evaluate.ended(np.array([[5, 0, 7]]), [None]) == [[5, 0, 7]]
 
 
 def test_a_pool_of_models(hf_models, tmp_path, capsys):

@@ -1,0 +1,94 @@
+"""The decode loop: stop ids, truncated sampling, seeds; every row as if it were alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import delve_jax
+from delve_jax import models
+from delve_jax.config import DelveError, MambaConfig, NeoxConfig
+from delve_jax.lm import truncated
+
+SIZES = {"vocab_size": 40, "vocab_rows": 48, "d_model": 16, "n_layers": 2}
+CONFIGS = {
+    "mamba": MambaConfig(**SIZES, d_inner=32, d_state=4, dt_rank=2),
+    "neox": NeoxConfig(**SIZES, n_heads=2, d_ffn=32),
+}
+PROMPT = np.random.default_rng(0).integers(0, 40, (3, 7))
+
+
+@pytest.fixture(params=CONFIGS)
+def lm(request, randomised):
+    cfg = CONFIGS[request.param]
+    params = jax.tree.map(lambda a: 3 * a, randomised(cfg, 0))  # decided, not uniform
+    return delve_jax.LM(cfg, params)
+
+
+def test_stop_ids_end_a_row(lm):
+    """Up to its first stop id a row is what it is without one; then it is that id."""
+    free = np.asarray(lm.generate(PROMPT, 24))[:, 7:]
+    stop = sorted({int(free[0, 5]), int(free[1, 9])})
+    cut = np.asarray(lm.generate(PROMPT, 24, stop=stop))[:, 7:]
+    for whole, part in zip(free, cut, strict=True):
+        ends = np.flatnonzero(np.isin(whole, stop))
+        end = ends[0] if len(ends) else len(whole) - 1
+        np.testing.assert_array_equal(part[: end + 1], whole[: end + 1])
+        assert (part[end:] == whole[end]).all() or not len(ends)
+    assert np.isin(free[0], stop).any()
+
+
+def test_the_loop_ends_with_the_last_row(lm, monkeypatch):
+    """All rows ended: no further step is run (counted where the model is called back)."""
+    steps = []
+    real = models.forward
+
+    def counted(cfg, params, tokens_BT, state=None, *rest, **kw):
+        if tokens_BT.shape[1] == 1:
+            jax.debug.callback(lambda: steps.append(1))
+        return real(cfg, params, tokens_BT, state, *rest, **kw)
+
+    monkeypatch.setattr(models, "forward", counted)
+    fresh = delve_jax.LM(lm.config, lm.params)
+    free = np.asarray(fresh.generate(PROMPT[:1], 16))[0, 7:]
+    jax.effects_barrier()
+    assert len(steps) == 15
+    steps.clear()
+    out = np.asarray(fresh.generate(PROMPT[:1], 16, stop=[int(free[3])]))[0, 7:]
+    jax.effects_barrier()
+    first = int(np.flatnonzero(free == free[3])[0])
+    assert len(steps) == first and (out[first:] == free[3]).all()
+
+
+def test_sampling_is_of_the_kept_ids_only(lm):
+    """top_k 1 and a tiny top_p are greedy; every drawn id is among the likeliest of its step."""
+    greedy = np.asarray(lm.generate(PROMPT, 12))
+    for how in ({"top_k": 1}, {"top_p": 1e-6}):
+        out = lm.generate(PROMPT, 12, temperature=2.0, seed=5, **how)
+        np.testing.assert_array_equal(np.asarray(out), greedy)
+    out = np.asarray(lm.generate(PROMPT, 12, temperature=50.0, top_k=3, seed=1))
+    logits = np.asarray(lm.logits(out[:, :-1]))[:, 6:]
+    rank = (logits > np.take_along_axis(logits, out[:, 7:, None], -1)).sum(-1)
+    assert rank.max() == 2 and (rank == 0).any()
+    again = np.asarray(lm.generate(PROMPT, 12, temperature=50.0, top_k=3, seed=1))
+    other = np.asarray(lm.generate(PROMPT, 12, temperature=50.0, top_k=3, seed=2))
+    assert np.array_equal(out, again) and not np.array_equal(out, other)
+
+
+def test_truncation_by_hand():
+    p = np.array([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]])
+    for top_k, top_p, kept in ((0, 1.0, 4), (2, 1.0, 2), (0, 0.5, 1), (0, 0.51, 2), (0, 0.94, 3),
+                               (3, 0.9, 3), (2, 0.6, 1), (4, 1.0, 4)):  # fmt: skip
+        out = np.asarray(truncated(jnp.log(jnp.asarray(p, jnp.float32)), top_k, top_p))
+        assert np.isfinite(out).sum(-1).tolist() == [kept, kept], (top_k, top_p)
+        np.testing.assert_allclose(np.exp(out[np.isfinite(out)]).min(), np.sort(p[0])[-kept], 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [({"temperature": -1.0}, "temperature -1.0"), ({"top_k": -1}, "top_k -1"),
+     ({"top_p": 0.0}, "top_p 0.0"), ({"top_p": float("nan")}, "top_p nan")],
+)  # fmt: skip
+def test_refusals(lm, how, said):
+    with pytest.raises(DelveError, match=said):
+        lm.generate(PROMPT, 4, **how)
