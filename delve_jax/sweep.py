@@ -3,7 +3,8 @@
 Two ladders: the recipe's candidates at several budgets, from random weights, or the healing of
 given checkpoints (one per keep ratio) for several numbers of tokens. Every run is a checkpoint
 directory DST/runs/NAME made by `road.train` or `road.heal` and scored on text that no run sees.
-DST/points.csv holds what is finished; the same call goes on, other budgets or seeds are added.
+DST/points.csv holds what is finished; the same call goes on, other budgets or seeds are added. One
+process on any devices; several hosts share a DST when each is given budgets or seeds of its own.
 """
 
 from __future__ import annotations
@@ -79,10 +80,10 @@ def sweep(
         for job in left:
             bar.set_postfix_str(job.name)
             folder = dst / "runs" / job.name
-            report = job.make(folder)
-            parallel.on_main(_score, folder, job, report, documents)
+            job.make(folder)
+            _score(folder, job, documents)
             bar.update(job.facts["train_flops"])
-    rows = parallel.on_main(gather, dst)
+    rows = gather(dst)
     return {"path": str(dst), "points": str(dst / "points.csv"), "rows": rows}
 
 
@@ -101,12 +102,8 @@ def _claim(dst: Path, command: dict) -> None:
         return
     if dst.exists() and any(dst.iterdir()):
         raise DelveError(f"{dst}: exists and is no sweep; name another DST")
-    parallel.on_main(_record, record, command)
-
-
-def _record(file: Path, command: dict) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"command": command, "versions": metrics.versions()}, indent=1))
+    dst.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps({"command": command, "versions": metrics.versions()}, indent=1))
 
 
 def _candidates(rules: Recipe, flops, widths, seeds, given, text, tokenizer, mesh) -> list[Job]:
@@ -205,7 +202,7 @@ def _depth(cfg: Config) -> int:
     return max(s.n_layers for _, s in cfg.streams) if cfg.family == "delve" else cfg.n_layers
 
 
-def _score(folder: Path, job: Job, report: dict, documents: list[str]) -> None:
+def _score(folder: Path, job: Job, documents: list[str]) -> None:
     """Evaluate a finished run and leave its row beside it, whole or not at all."""
     found = evaluate.evaluate(lm.load(folder), documents)
     log = metrics.read_metrics(folder / "metrics.jsonl")
