@@ -11,6 +11,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -201,7 +202,10 @@ def upcycle(
     work = out.with_name(out.name + ".partial")
     texts = roles(text, calibrate, report_text)
     texts["report"] = cut_documents(texts["report"], report_bytes)
-    rows = _rows_file(work)
+    rows, spent, began = _rows_file(work), {}, time.perf_counter()
+
+    def done(stage: str) -> None:
+        spent[stage] = round(time.perf_counter() - began - sum(spent.values()), 1)
 
     known = [parents.peek(src) for src in sources]  # configs and tokenizers, no weights yet
     road.same_tokenizer([(src, tok) for src, (_, tok) in zip(sources, known, strict=True)])
@@ -226,6 +230,7 @@ def upcycle(
             [work / "parents" / n for n in names], work / "fused", documents=texts["calibrate"],
             calibrate_tokens=calibrate_tokens // 2, latents=latents, seed=seed,
         )  # fmt: skip
+    done("compress and fuse")
     if heal_tokens:
         _say(f"heal for {heal_tokens:,} tokens")
         road.heal(
@@ -235,9 +240,11 @@ def upcycle(
         )  # fmt: skip
     elif not (work / "checkpoint").exists():
         shutil.copytree(work / "fused", work / "checkpoint")
+    done("heal")
     _say("export")
     exported = road.export(work / "checkpoint", work / "hf", overwrite=(work / "hf").exists())
 
+    done("export")
     # one window for every row, whatever each parent could read
     window = min(evaluation.WINDOW, *(cfg.context_length for cfg, _ in known))
     stages = [(n, src) for n, src in zip(names, sources, strict=True)]
@@ -250,6 +257,7 @@ def upcycle(
             model = lm.load(src)
             rows[label] = score(label, model, texts["report"], window)
             _rows_file(work, rows)
+    done("evaluate")
     final = lm.load(work / "checkpoint")
     sample = look.generate(final, PROMPT, max_new_tokens=64)
     report = {
@@ -259,6 +267,7 @@ def upcycle(
         "export": {k: exported[k] for k in ("verified", "max_abs_diff", "max_abs_logit")},
         "sample": sample["prompt"] + sample["text"],
         "seeds": {"seed": seed},
+        "seconds_of_stages": spent,  # of this call; a resumed one has done some before
         "command": command,
         "versions": versions(),
         "window": window,
