@@ -250,6 +250,7 @@ def scripted(monkeypatch, losses):
     ("before", "losses", "blend"),
     [
         (1.0, [[0.9]], 0.5),
+        (1e-5, [[1e-5]], 0.0),  # nothing to win: pass 1 is taken as it is
         (1.0, [[0.97], [0.9]], 0.25),  # little gained: the next is tried
         (1.0, [[0.97], [0.98]], 0.5),  # and may be worse
         (1.0, [[1.1], [0.9]], 0.25),
@@ -271,7 +272,7 @@ def test_the_blend_that_helps_is_taken(before, losses, blend, tmp_path, monkeypa
         blend and functools.partial(Anchor, spectra, plan, True, blend) or None
     ).params
     least = min(np.nan_to_num(first, nan=9) for first, *_ in losses)
-    for script in (losses, losses[:1] if before is None else losses[2:]):
+    for script in (losses, losses[:1] if before is None or before < 1 else losses[2:]):
         # the second call goes by the verdicts of the first: those blends are not measured again
         scripted(monkeypatch, script)
         out, facts, chosen = anchor.best(spectra, plan, True, put_together, before)

@@ -35,6 +35,7 @@ from .spectra import FLOOR, Spectra, at
 
 RIDGE = 1e-3  # of the mean energy of a map's inputs
 BLENDS = (0.5, 0.25)  # of the way from W to the target that fits the parent's outputs best
+LEAST = 1e-4  # nats a token: where pass 1 loses less, there is nothing to win
 PLENTY = 0.05  # of the divergence: a blend that takes so much off is taken as it is
 # Maps with more inputs keep the factors of pass 1: at 16384 the Gram of the inputs and its
 # factorisation take 4 GiB and 1.5e12 operations a layer (compression.md section 10).
@@ -130,7 +131,7 @@ def best(
         student = student._replace(outer=outer or student.outer)
         return curves.checked(spectra, [student, *others])
 
-    for blend in BLENDS:
+    for blend in BLENDS if before is None or before >= LEAST else ():
         verdict = _folder(spectra, plan, centred, blend) / "verdict.json"
         if before is None or not verdict.exists():
             del out  # its files are written anew
