@@ -87,9 +87,9 @@ class LM:
         state = models.init_state(self.config, b, T + pad + max_new_tokens)
         new = self._decode(
             self.params, padded_BT, mask_BT, state, jax.random.key(seed),
-            jnp.float32(temperature or 1.0), jnp.float32(top_p), n=max_new_tokens,
-            sample=temperature > 0, top_k=min(top_k, self.config.vocab_size),
-            stop=tuple(map(int, stop)),
+            jnp.float32(temperature or 1.0), jnp.float32(top_p) if top_p < 1 else None,
+            n=max_new_tokens, sample=temperature > 0, stop=tuple(map(int, stop)),
+            top_k=min(top_k, self.config.vocab_size),
         )  # fmt: skip
         return jnp.concatenate([tokens_BT, new], axis=1)
 
@@ -151,10 +151,12 @@ def _decode(
 
 def truncated(logits_BV, top_k: int, top_p) -> jax.Array:
     """Logits with -inf for all but the top_k largest (0: all), and of those for all but the fewest
-    that hold the share top_p of the probability (nucleus sampling, arXiv 1904.09751)."""
+    that hold the share top_p of the probability (nucleus sampling, arXiv 1904.09751; None: all)."""
     if top_k:
         least_B1 = lax.top_k(logits_BV, top_k)[0][..., -1:]
         logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    if top_p is None:  # no sorting of the vocabulary at every step
+        return logits_BV
     sorted_BV = jnp.sort(logits_BV, descending=True, axis=-1)
     share_BV = jax.nn.softmax(sorted_BV, axis=-1)
     inside_BV = jnp.cumsum(share_BV, axis=-1) - share_BV < top_p  # the likeliest always is

@@ -5,7 +5,8 @@ Command: python experiments/reference_pool.py --tasks mmlu.jsonl gsm8k.jsonl --s
 Models: hub ids or directories, by default the pool of Delphi's forecast (design notes, delphi.md
 section 8); each is loaded once by transformers (`delve eval --backend hf`). DIR/MODEL.json holds
 all metrics of a model; DIR/TASK.csv (model, soft, hard) is what `delve delphi downstream --pool`
-takes. Models that stand there are not run again, one that cannot be had is named and left out.
+takes. Models that stand there are not run again (with other tasks or settings: an error), one that
+cannot be had is named and left out.
 Cost: the default pool in float32 wants 60 GB of memory and a GPU; not run here, where there is no
 hub (tests/test_tasks.py runs it on small local models). Soft metrics of a task are chosen by what
 it is: choice_logprob and acc for choices, bits_per_byte and exact_match or pass_at_1 for answers.
@@ -30,10 +31,26 @@ PAIRS = (("choice_logprob", "acc"), ("bits_per_byte", "exact_match"),
          ("bits_per_byte", "pass_at_1"), ("bits_per_byte", "acc"))  # fmt: skip
 
 
+def settings(args):
+    """How every task is asked: what all models of a folder must have in common."""
+    return {"limit": args.limit, "shots": args.shots, "run_code": args.run_code, "mmlu": args.mmlu}
+
+
+def stands(file, args):
+    """Whether a model was scored already; DelveError where it was scored otherwise."""
+    if not file.exists():
+        return False
+    found, how = read_json(file), settings(args)
+    same = {k: found[k] for k in how} == how
+    if not same or {*found["tasks"]} != {Path(t).stem for t in args.tasks}:
+        raise DelveError(f"{file}: scored with other tasks or settings; name another --out")
+    return True
+
+
 def scored(src, args):
     """All metrics of one model on every task."""
     model = evaluate.hf_scorer(src, args.trust_remote_code)
-    how = {"limit": args.limit, "shots": args.shots, "run_code": args.run_code, "mmlu": args.mmlu}
+    how = settings(args)
     return {
         "model": src, "parameters": model.parameters, "versions": metrics.versions(), **how,
         "tasks": {Path(t).stem: tasks.evaluate_task(model, t, **how) for t in args.tasks},
@@ -82,7 +99,7 @@ def main(argv=None):
         for src in map(str, args.models):
             file = args.out / (src.strip("/").replace("/", "--") + ".json")
             bar.set_postfix_str(src)
-            if not file.exists():
+            if not stands(file, args):
                 try:
                     row = scored(src, args)
                 except DelveError as err:

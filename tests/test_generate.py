@@ -77,8 +77,10 @@ def test_sampling_is_of_the_kept_ids_only(lm):
 
 def test_truncation_by_hand():
     p = np.array([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]])
-    for top_k, top_p, kept in ((0, 1.0, 4), (2, 1.0, 2), (0, 0.5, 1), (0, 0.51, 2), (0, 0.94, 3),
-                               (3, 0.9, 3), (2, 0.6, 1), (4, 1.0, 4)):  # fmt: skip
+    for top_k, top_p, kept in (
+        (0, 1.0, 4), (0, None, 4), (2, None, 2), (0, 0.5, 1), (0, 0.51, 2), (0, 0.94, 3),
+        (3, 0.9, 3), (2, 0.6, 1), (4, 1.0, 4),
+    ):  # fmt: skip
         out = np.asarray(truncated(jnp.log(jnp.asarray(p, jnp.float32)), top_k, top_p))
         assert np.isfinite(out).sum(-1).tolist() == [kept, kept], (top_k, top_p)
         np.testing.assert_allclose(np.exp(out[np.isfinite(out)]).min(), np.sort(p[0])[-kept], 1e-5)

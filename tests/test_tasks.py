@@ -297,5 +297,8 @@ def test_a_pool_of_models(hf_models, tmp_path, capsys):
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "p").glob("*.json")}
     reference_pool.main(argv)
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "p").glob("*.json")} == before
+    for more in (["--shots", "1"], ["--tasks", str(choices)]):  # scores that do not go together
+        with pytest.raises(DelveError, match="scored with other tasks or settings"):
+            reference_pool.main([*argv, *more])
     rows, _ = points.table(tmp_path / "p" / "mmlu.csv", {"soft": ("soft",), "hard": ("hard",)}, ())
     assert len(rows) == 2
