@@ -6,8 +6,8 @@ Measured: what `anchor.best` decides by, KL(parent || student) in nats on calibr
 nats per token on the choose split of compression.py's study. Rows that stand there are not run
 again. Cost: two to three minutes a cell on one core.
 Result (results/blends.json; three cells, seed 0): KL on calibration tokens and nats on other text
-agree on the best blend in all three: 0.5 for rwkv at 0.4 (4.3939, pass 1 4.4304) and at 0.2 (5.1542,
-5.2524), 0.25 for mamba at 0.2 (6.3673, 6.4544), where 0.5 (6.5073) is worse than pass 1.
+agree on the best blend in all three: 0.5 for rwkv at 0.4 (4.3939, pass 1 4.4304) and at 0.2
+(5.1542, 5.2524), 0.25 for mamba at 0.2 (6.3673, 6.4544), where 0.5 (6.5073) is worse than pass 1.
 """
 
 import argparse
