@@ -8,11 +8,12 @@ import types
 
 _WHERE = {
     "load": "lm", "LM": "lm", "DelveError": "config", "Settings": "train.run",
-    "convert": "road", "heal": "road", "export": "road", "generate": "look", "info": "look",
+    "convert": "road", "heal": "training", "export": "road", "generate": "look", "info": "look",
+    "inspect": "diagnose",
 }  # fmt: skip
 _VERB_MODULES = {
-    "compress": "road", "fuse": "road", "train": "road", "evaluate": "look", "upcycle": "upcycle",
-    "plan": "plan",
+    "compress": "road", "fuse": "road", "train": "training", "evaluate": "look",
+    "upcycle": "upcycle", "plan": "plan",
 }  # fmt: skip
 __all__ = [*_WHERE, *_VERB_MODULES]
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""`delve VERB`: parsing and printing; the work is in `road`, `look`, `plan`, `upcycle`, `delphi`.
+"""`delve VERB`: parsing; the work is in `road`, `training`, `look`, `plan`, `upcycle`, `delphi`.
 
 Exit 0: done. Exit 2: bad input, one line on stderr. With --json one JSON object stands on stdout;
 bars and logs go to stderr.
@@ -25,6 +25,7 @@ EXAMPLES = {
     "export": "delve export out/healed out/hf",
     "generate": 'delve generate out/healed --prompt "The residual stream"',
     "info": "delve info out/healed",
+    "inspect": "delve inspect out/healed --text held_back.txt --out out/look",
     "candidates": "delve delphi candidates --flops 3e20",
     "recipe": "delve delphi recipe --flops 1e21 --batch 512",
     "fit": "delve delphi fit points.csv",
@@ -104,6 +105,7 @@ def parser() -> Parser:
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
     p.add_argument("--storage", help="form of the factors: uv, pivot or int8; default: as stored")
     p.add_argument("--mesh", help='shard over devices, as "data=8"')
+    _part_flags(p)
 
     p = verb("compress", "factorise a parent to a share of all its parameters", writes=True)
     p.add_argument("src"), p.add_argument("dst")
@@ -132,10 +134,14 @@ def parser() -> Parser:
         "--latents",
         type=int,
         default=1,
-        choices=(0, 1),
-        help="1: log-linear pool; 0: mixture, one latent per parent",
+        metavar="J",
+        help="1: log-linear pool; 0: mixture, one latent per parent; between: a mixture of J pools",
     )
+    p.add_argument("--connectors", default="hub", metavar="KIND",
+                   help="what a stream hears of the others: hub, cross, self or none")  # fmt: skip
     p.add_argument("--hub-rank", type=int)
+    p.add_argument("--warm-hub", action="store_true",
+                   help="its maps start as the best guess of what was lost")  # fmt: skip
     p.add_argument("--codes", type=int, metavar="R",
                    help="rank of tables that streams share (default: each its own)")  # fmt: skip
     p.add_argument("--seed", type=int, default=0)
@@ -144,7 +150,24 @@ def parser() -> Parser:
     p.add_argument("src"), p.add_argument("dst")
     p.add_argument("--teachers", nargs="+", metavar="SRC", help="default: those in the config")
     p.add_argument("--objective", default="ce+kl", choices=("ce", "ce+kl"))
-    p.add_argument("--kl-weight", type=float, default=0.5)
+    p.add_argument("--kl-weight", default="0.5", metavar="W[:W2]",
+                   help="KL to the parents' pool; the rest is cross-entropy; W:W2 from first to "
+                   "last step")  # fmt: skip
+    p.add_argument("--stream-kl", default="0", metavar="W[:W2]",
+                   help="of a DELVE: KL of each stream to its own parent")  # fmt: skip
+    p.add_argument("--hidden-match", default="0", metavar="W[:W2]",
+                   help="of a DELVE: streams to their parents' between superblocks")  # fmt: skip
+    p.add_argument("--stream-drop", type=float, default=0.0, metavar="P",
+                   help="chance that a sequence does without a stream")  # fmt: skip
+    p.add_argument("--rank-drop", type=float, default=1.0, metavar="SHARE",
+                   help="train for --keep at loading: least share of all ranks")  # fmt: skip
+    p.add_argument("--train", default="all", choices=("all", "experts", "joints"), dest="trains",
+                   help="of a DELVE: joints are hub, gate and pool")  # fmt: skip
+    p.add_argument("--joints-lr", type=float, default=1.0, metavar="X", help="times the rate")
+    p.add_argument("--teacher-cache", metavar="DIR",
+                   help="samples of what the teachers say, made before training")  # fmt: skip
+    p.add_argument("--stages", metavar="FILE.json",
+                   help="instead: stages in turn (`hybrid`: built in)")  # fmt: skip
     _run_flags(p)
 
     p = verb("train", "train a preset of any family from random weights", writes=True)
@@ -202,6 +225,7 @@ def parser() -> Parser:
         action="store_true",
         help="hf backend: run code that comes with the model",
     )
+    _part_flags(p)
 
     p = verb("export", "checkpoint to a Hugging Face directory", writes=True)
     p.add_argument("src"), p.add_argument("dst")
@@ -220,10 +244,28 @@ def parser() -> Parser:
     p.add_argument("--top-p", type=float, default=1.0, metavar="P",
                    help="among the fewest ids that hold the share P")  # fmt: skip
     p.add_argument("--seed", type=int, default=0)
+    _part_flags(p)
+
+    p = verb("inspect", "a DELVE on a text: streams, gate, hub, where it gains; JSON and a picture")
+    p.add_argument("src")
+    p.add_argument("--text", nargs="+", default=[], metavar="FILE")
+    p.add_argument("--out", metavar="DIR", help="for inspect.json and inspect.png")
+    p.add_argument("--parents", nargs="+", metavar="SRC",
+                   help="dense models to beat; default: those in the config")  # fmt: skip
+    p.add_argument("--window", type=int, help="positions read at once")
+    p.add_argument("--limit", type=int, metavar="N", help="the first N tokens only")
 
     p = verb("info", "what a source is: family, parameters, ranks, pool weights")
     p.add_argument("src")
     return top  # fmt: skip
+
+
+def _part_flags(p: argparse.ArgumentParser) -> None:
+    """A part of the model instead of the whole."""
+    p.add_argument("--keep", type=float, metavar="R",
+                   help="fewer ranks: this share of the dense parents' parameters")  # fmt: skip
+    p.add_argument("--streams", type=lambda text: text.split(","), default=[], metavar="A,B",
+                   help="of a DELVE, only these streams")  # fmt: skip
 
 
 def _run_flags(p: argparse.ArgumentParser, plan: bool = False) -> None:
@@ -327,6 +369,33 @@ def _settings(kw: dict):
     return Settings(**{n: kw.pop(n) for n in names}, saving=saving)
 
 
+def _terms(kw: dict):
+    """The objective from the parsed flags, which are taken out of `kw`."""
+    from .config import DelveError
+    from .train.objective import Terms, ends
+
+    def weight(flag: str):
+        text = kw.pop(flag)
+        try:
+            numbers = [float(part) for part in text.split(":")]
+        except ValueError:
+            numbers = []
+        if len(numbers) not in (1, 2):
+            raise DelveError(
+                f"--{flag.replace('_', '-')} {text}: expected a number, or two as 1:0.5"
+            )
+        return numbers[0] if len(numbers) == 1 else tuple(numbers)
+
+    kl, streams, hidden = map(weight, ("kl_weight", "stream_kl", "hidden_match"))
+    if not all(0 <= w <= 1 for w in ends(kl)):
+        raise DelveError(f"--kl-weight {kl}: must lie in [0, 1]")
+    drops = {name: kw.pop(name) for name in ("stream_drop", "rank_drop")}
+    if kw.pop("objective") == "ce":
+        return Terms(ce=1.0, kl=0.0, **drops)
+    ce = 1 - kl if isinstance(kl, float) else tuple(1 - w for w in kl)
+    return Terms(ce=ce, kl=kl, streams=streams, hidden=hidden, **drops)
+
+
 def run(args: argparse.Namespace) -> dict:
     """Call the verb with its flags."""
     kw = {k: v for k, v in vars(args).items() if k not in ("verb", "json", "src", "dst")}
@@ -351,9 +420,13 @@ def run(args: argparse.Namespace) -> dict:
         case "fuse":
             return road.fuse(kw.pop("sources"), args.dst, **kw)
         case "heal" | "train":
+            from . import training
+
             kw["text"] = kw.pop("data")
+            if args.verb == "heal":
+                kw["terms"] = _terms(kw)
             first = args.src if args.verb == "heal" else kw.pop("preset")
-            return getattr(road, args.verb)(first, args.dst, _settings(kw), **kw)
+            return getattr(training, args.verb)(first, args.dst, _settings(kw), **kw)
         case "plan":
             from . import plan
 
@@ -369,76 +442,14 @@ def run(args: argparse.Namespace) -> dict:
             return data.prepare(kw.pop("sources"), args.dst, **kw)
         case "eval":
             return look.evaluate(args.src, **kw)
+        case "inspect":
+            from .diagnose import inspect
+
+            return inspect(args.src, **kw)
         case "convert" | "compress" | "export":
             return getattr(road, args.verb)(args.src, args.dst, **kw)
         case _:
             return getattr(look, args.verb)(args.src, **kw)
-
-
-def show(verb: str, result: dict) -> str:
-    """A result for people."""
-    if verb == "upcycle":
-        from .report import table
-
-        check = "verified" if result["export"]["verified"] else "NOT verified (torch is missing)"
-        return (
-            f"{table(result)}\n\nkept {result['keep']:.4f} of the parents' parameters; "
-            f"export {check}; pool weights "
-            + ", ".join(f"{n} {w:.3f}" for n, w in result["pool"].items())
-            + f"\n\nsample: {result['sample']!r}"
-        )
-    if verb == "delphi":
-        from .delphi import verbs
-
-        return verbs.show(result)
-    if verb == "generate":
-        return result["prompt"] + result["text"]
-    if verb == "plan" and "presets" in result:
-        return "\n".join(f"{name:22}{n:>18,}" for name, n in result["presets"].items())
-    if verb == "plan":
-        return _plan(result)
-    if verb == "data" and "rows" in result:
-        return "\n".join(_dataset(row) for row in result["rows"])
-    return "\n".join(
-        f"{key}: {json.dumps(value) if isinstance(value, (dict, list)) else value}"
-        for key, value in result.items()
-    )
-
-
-def _plan(r: dict) -> str:
-    """A plan for people."""
-    size = r["bytes_per_device"]
-    lines = [
-        f"{r['target']} ({r['family']}): {r['parameters']:,} parameters"
-        + (f", teachers {r['teacher_parameters']:,}" if r["teacher_parameters"] else ""),
-        f"FLOPs a token: {r['forward_flops_per_token']:,} forward, "
-        f"{r['train_flops_per_token']:,} training",
-        f"mesh {', '.join(f'{a}={n}' for a, n in r['mesh'].items())}; batch {r['batch']} x "
-        f"{r['window']} tokens, {r['compute']}, {r['optimizer']}",
-        "bytes per device: " + ", ".join(f"{k} {v / 2**30:.2f} GiB" for k, v in size.items()),
-    ]
-    if "fits" in r:
-        lines.append(
-            f"{'fits' if r['fits'] else 'does NOT fit'} the memory of one {r['device']}"
-            + ("" if r["fits"] else "; try --accumulate, more data= or model=, --shard-sequence")
-        )
-    if r["tokens"]:
-        lines.append(
-            f"{r['steps']:,} steps, {r['tokens']:,} tokens, {r['train_flops']:.3g} FLOPs: "
-            f"{r['hours']:.1f} hours at {r['mfu']:.0%} of {r['devices']} x {r['device']} "
-            f"({r['tokens_per_second']:,.0f} tokens/s)"
-        )
-    return "\n".join(lines)
-
-
-def _dataset(row: dict) -> str:
-    """A named data set or mixture on one line."""
-    if row["kind"] == "mixture":
-        parts = ", ".join(f"{n} {share:.1%}" for n, share in row["parts"].items())
-        return f"{row['name']}: mixture of {parts}"
-    where = " ".join(filter(None, (row["hub"], row["config"], row["split"])))
-    note = f"; {row['note']}" if row["note"] else ""
-    return f"{row['name']}: {where}, field {row['field']}, licence: {row['licence']}{note}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -458,7 +469,12 @@ def main(argv: list[str] | None = None) -> int:
     if result.get("already"):
         print("already done; nothing to do", file=sys.stderr)
     try:
-        print(json.dumps(result) if args.json else show(args.verb, result), flush=True)
+        if args.json:
+            print(json.dumps(result), flush=True)
+        else:
+            from .show import show
+
+            print(show(args.verb, result), flush=True)
     except BrokenPipeError:  # `| head`: what was asked for is done; Python must not flush again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -7,8 +7,12 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import math
+import zipfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from . import models
-from .config import Config, DelveError
+from .config import Config, DelveError, to_json
 
 PAD_TO = 32  # prompts are left-padded to multiples of this, so few lengths are compiled
 
@@ -93,6 +97,31 @@ class LM:
         )  # fmt: skip
         return jnp.concatenate([tokens_BT, new], axis=1)
 
+    def save_state(self, path, state: dict) -> None:
+        """Write a state to a file, to go on from with `load_state` in another process."""
+        leaves = {f"{i:04}": a for i, a in enumerate(jax.tree.leaves(state))}
+        half = Path(path).with_suffix(".writing")
+        with half.open("wb") as file:
+            np.savez(
+                file, model=self._fingerprint(), **{f"{i:04}": a for i, a in enumerate(leaves)}
+            )
+        half.replace(path)
+
+    def load_state(self, path) -> dict:
+        """The state that `save_state` wrote. DelveError: damaged, or of another architecture."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                made_for = str(file["model"])
+                leaves = [jnp.asarray(file[n]) for n in sorted(file.files) if n != "model"]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as err:
+            raise DelveError(f"{path}: not a readable state ({err})") from None
+        if made_for != self._fingerprint():
+            raise DelveError(f"{path}: was made by a model of another configuration")
+        return jax.tree.unflatten(jax.tree.structure(self.init_state(1)), leaves)
+
+    def _fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(to_json(self.config)).encode()).hexdigest()
+
     def _checked(self, tokens_BT) -> jax.Array:
         tokens = np.asarray(tokens_BT)
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or not tokens.size:
@@ -164,14 +193,25 @@ def truncated(logits_BV, top_k: int, top_p) -> jax.Array:
     return jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
 
 
-def load(src, dtype: str | None = "float32", mesh=None) -> LM:
+def load(
+    src,
+    dtype: str | None = "float32",
+    mesh=None,
+    *,
+    keep: float | None = None,
+    streams: Sequence[str] = (),
+) -> LM:
     """Load a Hugging Face directory, hub id (`id@revision`), RWKV .pth or checkpoint directory.
 
-    dtype: of the parameters in memory (None: as stored); mesh: from `parallel.make_mesh`.
-    DelveError where the source is damaged or of an unknown architecture.
+    dtype: of the parameters in memory (None: as stored); mesh: from `parallel.make_mesh`. keep: at
+    most this share of the dense parents' parameters, by fewer ranks of every factored map; streams:
+    only these of a DELVE (("mamba", "rwkv") needs memory that does not grow with the text).
+    DelveError where the source is damaged, of an unknown architecture, or cannot be cut so.
     """
     from . import data, parents
 
-    cfg, params, tokenizer_json = parents.load(src, dtype=dtype, mesh=mesh)
+    cfg, params, tokenizer_json = parents.load(
+        src, dtype=dtype, mesh=mesh, keep=keep, streams=streams
+    )
     known = tokenizer_json is not None or cfg.vocab_size == 256
     return LM(cfg, params, data.load_tokenizer(tokenizer_json, cfg.vocab_size) if known else None)

@@ -7,8 +7,6 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from . import checkpoint, data, lm, models, parents
@@ -36,17 +34,25 @@ def evaluate(
     *,
     backend: str = "jax",
     trust_remote_code: bool = False,
+    keep: float | None = None,
+    streams: Sequence[str] = (),
     **how,
 ) -> dict:
     """nll and bits per byte on text files, metrics of jsonl tasks; backend "jax" or "hf".
 
-    how: limit, shots, shots_from, mmlu, run_code of `tasks.evaluate_task`.
+    keep, streams: a part of the model (`lm.load`; jax alone). how: limit, shots, shots_from, mmlu,
+    run_code of `tasks.evaluate_task`.
     """
     if backend not in ("jax", "hf"):
         raise DelveError(f"--backend {backend}: choose jax or hf")
     if not text and not tasks:
         raise DelveError("nothing to evaluate on: give --text FILE or --tasks FILE.jsonl")
-    model = lm.load(src) if backend == "jax" else evaluation.hf_scorer(src, trust_remote_code)
+    if backend == "hf":
+        if keep is not None or streams:
+            raise DelveError("--keep, --streams: for --backend jax; export the part to score it")
+        model = evaluation.hf_scorer(src, trust_remote_code)
+    else:
+        model = lm.load(src, keep=keep, streams=streams)
     out = {"model": str(src), "backend": backend}
     if text:
         out |= evaluation.evaluate(model, texts_of(text))
@@ -64,12 +70,15 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    keep: float | None = None,
+    streams: Sequence[str] = (),
 ):
     """Continue a text -> {"prompt", "text", "tokens"}; greedy at temperature 0.
 
-    It ends before `<|endoftext|>`, or after `max_new_tokens`.
+    It ends before `<|endoftext|>`, or after `max_new_tokens`. keep, streams: with a part of the
+    model (`lm.load`).
     """
-    model = src if isinstance(src, lm.LM) else lm.load(src)
+    model = src if isinstance(src, lm.LM) else lm.load(src, keep=keep, streams=streams)
     if model.tokenizer is None:
         raise DelveError(f"{src}: has no tokenizer.json, so it cannot continue text")
     ids = model.tokenizer.encode(prompt).ids
@@ -108,13 +117,15 @@ def info(src) -> dict:
     if cfg.family != "delve":
         return out | {"layers": cfg.n_layers, "width": cfg.d_model, **_sizes(cfg),
                       "storage": cfg.storage}  # fmt: skip
-    if cfg.latents == 1:
-        weights = np.asarray(pool["a"], np.float64)
-    else:
-        weights = np.asarray(jax.nn.softmax(jnp.asarray(pool["log_pi"])), np.float64)
+    a, log_pi = (np.asarray(pool[k], np.float64) if k in pool else None for k in ("a", "log_pi"))
+    if log_pi is not None:
+        weights = np.exp(log_pi - np.logaddexp.reduce(log_pi))
+    if a is not None:  # of a mixture of pools, their mean
+        weights = a if log_pi is None else weights @ a
     return out | {
         "latents": cfg.latents,
         "superblocks": cfg.n_superblocks,
+        "connectors": cfg.connectors,
         "hub_rank": cfg.hub_rank,
         "pool": dict(zip(cfg.names, weights.tolist(), strict=True)),
         "streams": {

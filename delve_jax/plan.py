@@ -18,8 +18,8 @@ from pathlib import Path
 import jax
 
 from . import VerbModule, models, parallel, parents, presets
-from .config import Config, DelveError, ParentConfig, from_json, to_json
-from .parents import stock
+from .config import Config, DelveError, from_json, to_json
+from .parents.stock import dense_parents
 from .train.run import Settings, shapes_of, step_of
 
 # dense bfloat16 FLOP/s and bytes of memory of one device, from the vendors' data sheets
@@ -152,24 +152,6 @@ def _config_of(target: str, keep: float | None) -> Config:
     if Path(target).exists() or "/" in target:
         return parents.peek(target)[0]
     return presets.preset(target)  # its error lists the names
-
-
-def dense_parents(cfg: Config) -> tuple:
-    """The dense parents of a DELVE or of a compressed parent."""
-    parts = [sub for _, sub in cfg.streams] if cfg.family == "delve" else [cfg]
-    return tuple(_dense(sub) for sub in parts)
-
-
-def _dense(cfg: ParentConfig) -> ParentConfig:
-    """The parent that this one was compressed from; of pruned ones the source's own file knows."""
-    dense = dataclasses.replace(cfg, ranks=(), neurons=())
-    if not (cfg.neurons and cfg.hf_config):
-        return dense
-    source = stock.FAMILIES[cfg.family].config(
-        json.loads(cfg.hf_config), "config.json", vocab_size=cfg.vocab_size,
-        vocab_rows=cfg.vocab_rows,
-    )  # fmt: skip
-    return dataclasses.replace(dense, d_ffn=source.d_ffn)
 
 
 def _bytes(mesh, tree) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 INK, ACCENT, MUTED = "#222222", "#c4472b", "#7a8ca3"
 KINDS = (INK, ACCENT, MUTED, "#d99a2b", "#4b7f52", "#8a5a9e", "#2f6f9f", "#b07a62", "#a0a060")
+GLYPHS = str.maketrans(" \n\t", "\u00b7\u21b5\u2192")  # in labels
 FLOOR = 1e-9  # of a spectrum that is drawn
 
 
@@ -156,4 +157,102 @@ def ranks_picture(facts: dict, spectra: dict, path: str | Path) -> None:
         title += f", nll {measured['nll_before']:.4f} to {measured['nll_after']:.4f} nats a token"
     figure.suptitle(title, fontsize=10)
     figure.savefig(path)
+    plt.close(figure)
+
+
+def inspection_picture(report: dict, path, alarm: float) -> None:
+    """What inspect.json holds: nll of all models, gains by token group, the pool's weights along a
+    text, the hub's ratios."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names, pool = list(report["streams"]), report["pool"]
+    figure, axes = plt.subplot_mosaic(
+        [["nll", "gain"], ["gate", "gate"], ["number", "hub"]], figsize=(11.5, 11), dpi=150,
+        height_ratios=(1.35, 1, 0.9), layout="constrained",
+    )  # fmt: skip
+
+    bars = [("hybrid", report["nll_per_token"], ACCENT)]
+    for name in dict.fromkeys([*names, *report["parents"]]):
+        for word, kind, colour in (("dense", "parents", INK), ("stream", "streams", MUTED)):
+            if row := report[kind].get(name):
+                bars.append((f"{name}, {word}", row["nll_per_token"], colour))
+    ax = axes["nll"]
+    ax.barh([b[0] for b in bars], [b[1] for b in bars], color=[b[2] for b in bars], height=0.7)
+    for y, (_, value, _) in enumerate(bars):
+        ax.text(value, y, f" {value:.3f}", va="center", fontsize=8)
+    ax.invert_yaxis()
+    ax.margins(x=0.14)
+    ax.set_xlabel("nats per token", fontsize=9)
+    ax.set_title("the hybrid, dense parents, and streams as they stand in it", fontsize=9)
+
+    ax, ticks = axes["gain"], []
+    groups = [{"all tokens": report["gain"]}]
+    groups += [report[f"by_{kind}"] for kind in ("type", "copying", "position")]
+    for block, group in enumerate(groups):
+        for name, g in group.items():
+            y = len(ticks) + 0.6 * block  # a gap between groupings
+            low, high = g["interval"] or (g["gain"], g["gain"])
+            colour = ACCENT if low > 0 else INK if high < 0 else MUTED
+            ax.plot([low, high], [y, y], color=colour, linewidth=2)
+            ax.plot(g["gain"], y, "o", color=colour, markersize=5)
+            ticks.append((y, f"{name} ({g['share']:.0%})"))
+    ax.axvline(0, color=INK, linewidth=0.8)
+    ax.set_yticks(*zip(*ticks, strict=True))
+    ax.invert_yaxis()
+    ax.grid(axis="x", color="#eeeeee")
+    kind = "dense parent" if report["compared_with"] == "parents" else "of its own streams"
+    ax.set_xlabel(f"nats per token better than {report['best']}, the best {kind}", fontsize=9)
+    ax.set_title("gain and 95 % interval (grey: contains zero), share of tokens", fontsize=9)
+
+    ax, tokens = axes["gate"], report["example"]["tokens"]
+    weights = [[*w, w[-1]] for w in (report["example"]["weights"][name] for name in names)]
+    colours = [KINDS[k % len(KINDS)] for k in range(len(names))]
+    edges = [x - 0.5 for x in range(len(tokens) + 1)]
+    ax.stackplot(edges, weights, colors=colours, labels=names, step="post")
+    shown = [t.translate(GLYPHS) for t in tokens]
+    shown = [t if len(t) <= 12 else t[:10] + "\u2026" for t in shown]
+    shown = ["".join(c if c.isprintable() and c < "\u2200" else "\ufffd" for c in t) for t in shown]
+    ax.set_xticks(range(len(tokens)), shown, rotation=90, fontsize=7, parse_math=False)
+    ax.set_xlim(-0.5, len(tokens) - 0.5)
+    ax.set_ylim(0, 1)
+    ax.legend(fontsize=8, ncols=len(names), loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
+    ax.set_title("weights of the streams as each token is predicted", fontsize=9, loc="left")
+
+    ax, number = axes["number"], pool["effective_streams"]
+    edges = number["histogram"]["edges"]
+    ax.stairs(number["histogram"]["tokens"], edges, fill=True, color=MUTED)
+    for word, colour in (("static", INK), ("mean", ACCENT)):
+        ax.axvline(number[word], color=colour, linewidth=1.2, label=f"{word} {number[word]:.2f}")
+    ax.legend(fontsize=8, frameon=False)
+    ax.set_xlabel("effective number of streams", fontsize=9)
+    ax.set_ylabel("tokens", fontsize=9)
+
+    ax, hub = axes["hub"], report["hub"]
+    if hub is None:
+        ax.text(0.5, 0.5, "no hub", ha="center", va="center", color=MUTED)
+        ax.set_axis_off()
+    else:
+        ratios = [hub["update_ratio"][name] for name in names]
+        shades = matplotlib.colors.LinearSegmentedColormap.from_list("hub", ["#fbf1ee", ACCENT])
+        image = ax.imshow(ratios, cmap=shades, vmin=0, vmax=alarm, aspect="auto")
+        for k, row in enumerate(ratios):
+            for s, ratio in enumerate(row):
+                ax.text(s, k, f"{ratio:.3f}" + "!" * (ratio > alarm), ha="center", va="center",
+                        fontsize=8, color="white" if ratio > 0.6 * alarm else INK)  # fmt: skip
+        ax.set_xticks(range(len(ratios[0])), range(1, len(ratios[0]) + 1))
+        ax.set_yticks(range(len(names)), names)
+        ax.set_xlabel("sync point (before this superblock)", fontsize=9)
+        ax.set_title(f"hub update over the stream; ! above {alarm}", fontsize=9)
+        figure.colorbar(image, ax=ax, fraction=0.05, extend="max").ax.tick_params(labelsize=8)
+    for ax in axes.values():
+        ax.tick_params(labelsize=8 if ax is not axes["gate"] else 7, length=2)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"{report['tokens']:,} tokens, {report['nll_per_token']:.4f} nats a token, "
+        f"{report['bits_per_byte']:.4f} bits per byte", fontsize=10,
+    )  # fmt: skip
+    figure.savefig(path, format="png")
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""The verbs that leave something: convert, compress, fuse, heal, train, export.
+"""The verbs that leave something and train nothing: convert, compress, fuse, export.
 
 Each reads a source, does one thing and leaves a checkpoint directory. Work stands in DST.partial
 with `run.json` (the arguments); the same call resumes it, a finished one says so.
@@ -20,13 +20,11 @@ from . import compress as compression
 from . import fuse as fusion
 from .compress.refine import refine
 from .compress.storage import convert as convert_storage
-from .config import STORAGES, Config, DelveError, read_json, to_json
+from .config import STORAGES, Config, DelveError, read_json
 from .look import info, texts_of
 from .metrics import versions
 from .models import parameter_bytes
 from .report import ranks_picture
-from .train import run
-from .train.run import Settings
 
 CALIBRATION_WINDOW = 512  # longest calibration window; shorter where the context is
 
@@ -108,18 +106,20 @@ def name_of(src: str | Path) -> str:
 
 
 def convert(
-    src, dst, *, dtype: str | None = None, storage: str | None = None, mesh: str | None = None,
-    overwrite=False,
+    src, dst, *, dtype: str | None = None, storage: str | None = None, keep: float | None = None,
+    streams: Sequence[str] = (), mesh: str | None = None, overwrite=False,
 ):  # fmt: skip
     """Any source -> checkpoint directory (sharded Orbax, in the source's dtype unless given).
 
-    storage: uv, pivot or int8, another form of the factors (default: as they are).
+    storage: uv, pivot or int8, another form of the factors (default: as they are). keep, streams:
+    a part of the model (`parents.part`).
     """
-    command = {"verb": "convert", "src": src, "dtype": dtype, "storage": storage, "mesh": mesh}
+    command = {"verb": "convert", "src": src, "dtype": dtype, "storage": storage, "keep": keep,
+               "streams": list(streams), "mesh": mesh}  # fmt: skip
     if begin(dst, command, overwrite):
         return already(dst)
     on = parallel.make_mesh(mesh) if mesh else None
-    cfg, params, tokenizer = parents.load(src, dtype=dtype, mesh=on)
+    cfg, params, tokenizer = parents.load(src, dtype=dtype, mesh=on, keep=keep, streams=streams)
     if dtype:
         cfg = dataclasses.replace(cfg, dtype=dtype)
     if storage:
@@ -172,7 +172,7 @@ def compress(
     else:
         cfg, params, tokenizer = source.cfg, source, source.tokenizer
     dense, stored = (cfg, params), source.stored if source else cfg
-    work = _partial(dst) / "work"
+    work = partial_of(dst) / "work"
     try:
         compression.plan_for(cfg, keep=keep, budget=budget)  # a ratio that fails, fails at once
         windows = None
@@ -199,16 +199,16 @@ def compress(
         rows = refinement_rows(cfg, tokenizer, documents, refine_tokens, seed)
         tok = data.load_tokenizer(tokenizer, cfg.vocab_size)
         params, facts["refine"] = refine(
-            cfg, params, dense, rows, workdir=_partial(dst), eot=data.eot_of(tok), seed=seed
+            cfg, params, dense, rows, workdir=partial_of(dst), eot=data.eot_of(tok), seed=seed
         )
     cfg, params = convert_storage(cfg, params, storage)
     facts |= {"dtype_after": cfg.dtype, "parameter_bytes_after": parameter_bytes(cfg)}
     spectra = {k.replace("/", "."): v for k, v in report.spectra.items()}
-    np.savez(_partial(dst) / "spectra.npz", **spectra)
+    np.savez(partial_of(dst) / "spectra.npz", **spectra)
     if report.plan.neurons:
         facts["neurons_before"] = stored.d_ffn
     if facts["maps"]:
-        ranks_picture(facts, spectra, _partial(dst) / "compress.png")
+        ranks_picture(facts, spectra, partial_of(dst) / "compress.png")
     checkpoint.save(dst, cfg, params, tokenizer, overwrite, {"compress.json": facts},
                     served=("work", "state"))  # fmt: skip
     return {"path": str(dst), **info(dst)}
@@ -241,24 +241,30 @@ def fuse(
     documents: Sequence[str] | None = None,
     calibrate_tokens: int = 32768,
     latents: int = 1,
+    connectors: str = "hub",
     hub_rank: int | None = None,
+    warm_hub: bool = False,
     codes: int | None = None,
     teachers: Sequence[str] | None = None,
     seed: int = 0,
     overwrite: bool = False,
 ):
-    """Parents (compressed or dense) -> DELVE at step 0. latents: 1, or 0 for one per parent.
+    """Parents (compressed or dense) -> DELVE at step 0.
 
-    codes: rank of vocabulary tables that all streams share (None: each keeps its own).
-
-    Pool weights are fitted on the text, equal without it. `teachers` defaults to the dense sources
-    that the compressed parents recorded.
+    latents: 1 (log-linear pool) to one per parent (mixture; 0 for short). connectors: hub, cross,
+    self or none (`models.delve.hub`); warm_hub: their maps start as the best prediction of what the
+    streams lost (`fuse.warm_hub`; reads the teachers). codes: rank of vocabulary tables that all
+    streams share (None: each keeps its own). Pool weights are fitted on the text, equal without it.
+    `teachers` defaults to the dense sources that the compressed parents recorded.
     """
     sources = [str(s) for s in sources]
     command = {"verb": "fuse", "sources": sources, "calibrate": list(map(str, calibrate)),
-               "calibrate_tokens": calibrate_tokens, "latents": latents, "hub_rank": hub_rank,
-               "codes": codes, "data_hash": data.data_hash(documents) if documents else None,
+               "calibrate_tokens": calibrate_tokens, "latents": latents, "connectors": connectors,
+               "hub_rank": hub_rank, "warm_hub": warm_hub, "codes": codes,
+               "data_hash": data.data_hash(documents) if documents else None,
                "seed": seed}  # fmt: skip
+    if warm_hub and not (calibrate or documents):
+        raise DelveError("--warm-hub: name text with --calibrate; the maps are fitted on it")
     if begin(dst, command, overwrite):
         return already(dst)
     loaded = [(s, *parents.load(s, dtype="float32")) for s in sources]
@@ -278,7 +284,7 @@ def fuse(
         ) else (cfg, params, None)  # fmt: skip
         parts.append((name, dataclasses.replace(cfg, dtype="float32"), params))
     if teachers is None:
-        teachers = [_teacher_of(s) for s in sources]
+        teachers = [teacher_of(s) for s in sources]
     if documents is None and calibrate:
         documents = texts_of(calibrate)
     windows = None
@@ -286,14 +292,17 @@ def fuse(
         shortest = min((c for _, c, _ in parts), key=lambda c: c.context_length)
         windows = calibration_windows(shortest, tokenizer, documents, calibrate_tokens, seed)
     cfg, params, report = fusion.fuse(
-        parts, windows, latents=latents or len(parts), hub_rank=hub_rank, codes=codes,
-        teachers=tuple(map(str, teachers)), seed=seed,
+        parts, windows, latents=latents or len(parts), connectors=connectors, hub_rank=hub_rank,
+        codes=codes, teachers=tuple(map(str, teachers)), seed=seed,
     )  # fmt: skip
+    if warm_hub:
+        dense = [parents.load(t, dtype="float32")[:2] for t in teachers]
+        params, report["warm_hub"] = fusion.warm_hub(cfg, params, dense, windows)
     checkpoint.save(dst, cfg, params, tokenizer, overwrite, {"fuse.json": report})
     return {"path": str(dst), **info(dst), "fit": report}
 
 
-def _teacher_of(src: str) -> str:
+def teacher_of(src: str) -> str:
     """The dense source that a compressed checkpoint came from, else the source itself."""
     facts = Path(src) / "compress.json"
     if facts.exists():
@@ -301,154 +310,8 @@ def _teacher_of(src: str) -> str:
     return source_of(src)
 
 
-def heal(
-    src,
-    dst,
-    settings: Settings,
-    *,
-    text: Sequence[str] = (),
-    documents: Sequence[str] | None = None,
-    teachers: Sequence[str] | None = None,
-    objective: str = "ce+kl",
-    kl_weight: float = 0.5,
-    mesh: str | None = None,
-    distributed: str | None = None,
-    overwrite: bool = False,
-):
-    """Train a compressed or fused checkpoint on text, against its dense parents' pool.
-
-    text: files or token folders, each optionally PATH=WEIGHT; or `documents` themselves. teachers:
-    default the sources recorded in the config; one that is missing is a DelveError (objective "ce"
-    needs none). Leaves metrics.jsonl; a repeated call resumes.
-    """
-    if objective not in ("ce", "ce+kl"):
-        raise DelveError(f"--objective {objective}: choose ce or ce+kl")
-    parallel.start(distributed)
-    command = {"verb": "heal", "src": src, "text": list(map(str, text)),
-               "data_hash": data.data_hash(documents) if documents else None,
-               "teachers": teachers and list(map(str, teachers)), "objective": objective,
-               "kl_weight": kl_weight, **_what(settings)}  # fmt: skip
-    on = parallel.make_mesh(mesh)
-    settings.checked(on)
-    if begin(dst, command, overwrite):
-        return already(dst)
-    cfg, tokenizer = parents.peek(src)
-    tok = data.load_tokenizer(tokenizer, cfg.vocab_size)
-    loaded = []
-    if objective != "ce":
-        if teachers is None:
-            teachers = cfg.teachers if cfg.family == "delve" else [_teacher_of(str(src))]
-        for teacher in teachers:
-            try:
-                t_cfg, t_params, _ = parents.load(teacher, dtype="float32", mesh=on)
-            except DelveError as err:
-                raise DelveError(
-                    f"teacher {err}; name it with --teachers, or --objective ce"
-                ) from None
-            loaded.append((t_cfg, t_params))
-    cfg = dataclasses.replace(cfg, dtype=settings.master)
-    checkpoint.describe_run(_partial(dst), cfg, tokenizer)
-    params, report = run.heal(
-        cfg, lambda: parents.load(src, dtype="float32", mesh=on)[1],
-        _opener(text, documents, tokenizer, cfg.vocab_size, settings.seed), loaded, settings,
-        mesh=on, workdir=_partial(dst), eot=data.eot_of(tok), kl_weight=kl_weight,
-    )  # fmt: skip
-    return _finish(dst, cfg, params, tokenizer, overwrite, "heal", report)
-
-
-def train(
-    preset: str | Config,
-    dst,
-    settings: Settings,
-    *,
-    text: Sequence[str],
-    tokenizer: str | None = None,
-    mesh: str | None = None,
-    distributed: str | None = None,
-    overwrite: bool = False,
-):
-    """Train a preset of any family, or a configuration, from random weights.
-
-    text: files or token folders, each optionally PATH=WEIGHT. tokenizer: a tokenizer.json or any
-    source that has one; default that of the first token folder. DelveError: it has more ids than
-    the preset.
-    """
-    from . import presets
-
-    parallel.start(distributed)
-    named = isinstance(preset, str)
-    cfg = presets.preset(preset) if named else preset
-    command = {"verb": "train", "preset": preset if named else to_json(cfg),
-               "text": list(map(str, text)),
-               "tokenizer": tokenizer, **_what(settings)}  # fmt: skip
-    on = parallel.make_mesh(mesh)
-    settings.checked(on)
-    cfg = dataclasses.replace(cfg, dtype=settings.master)
-    tokenizer_json = _tokenizer_for(cfg, tokenizer, text)
-    if begin(dst, command, overwrite):
-        return already(dst)
-    tok = data.load_tokenizer(tokenizer_json, cfg.vocab_size)
-    checkpoint.describe_run(_partial(dst), cfg, tokenizer_json)
-    params, report = run.pretrain(
-        cfg, _opener(text, None, tokenizer_json, cfg.vocab_size, settings.seed), settings, mesh=on,
-        workdir=_partial(dst), eot=data.eot_of(tok),
-    )  # fmt: skip
-    return _finish(dst, cfg, params, tokenizer_json, overwrite, "train", report)
-
-
-def _what(settings: Settings) -> dict:
-    """What of the settings decides the result: how often states are saved does not."""
-    what = dataclasses.asdict(settings)
-    del what["saving"]
-    return what
-
-
-def _partial(dst) -> Path:
+def partial_of(dst: str | Path) -> Path:
     return Path(dst).with_name(Path(dst).name + ".partial")
-
-
-def _tokenizer_for(cfg: Config, tokenizer: str | None, text: Sequence[str]) -> str | None:
-    """tokenizer.json of a run as text; None is raw bytes."""
-    path = Path(tokenizer or ".")
-    if tokenizer is None:
-        named = [Path(str(t).rpartition("=")[0] or t) for t in text]
-        inside = [p for f in named for p in (f, *sorted(f.glob("*")))]  # a mixture's parts too
-        folders = [p for p in inside if (p / "manifest.json").is_file()]
-        found = data.open_tokens(folders[0]).tokenizer_json if folders else None
-    elif path.suffix == ".json" or (path / "tokenizer.json").is_file():
-        found = data.read_tokenizer(tokenizer)
-    else:
-        found = parents.peek(tokenizer)[1]
-    if found is None and cfg.vocab_size != 256:
-        raise DelveError(
-            "--tokenizer: name a tokenizer.json, or a source that has one (a vocabulary of "
-            f"{cfg.vocab_size:,} is not raw bytes)"
-        )
-    size = data.load_tokenizer(found, cfg.vocab_size).get_vocab_size(with_added_tokens=True)
-    if size > cfg.vocab_size:
-        raise DelveError(
-            f"--tokenizer {tokenizer}: has {size:,} ids, the preset's vocabulary is "
-            f"{cfg.vocab_size:,}; choose another of the two"
-        )
-    return found
-
-
-def _opener(text, documents, tokenizer_json, vocab_size: int, seed: int):
-    """open_data(T, batch, shard, shards) of a run; text files are tokenised at each call."""
-    if documents is None:
-        return lambda T, batch, shard, shards: data.training_set(
-            text, tokenizer_json, vocab_size, T + 1, batch, seed, shard, shards
-        )[0]
-    ids = data.encode_documents(data.load_tokenizer(tokenizer_json, vocab_size), documents)
-    return lambda T, batch, shard, shards: data.batches(
-        data.windows(ids, T + 1, T), batch, seed, shard, shards
-    )
-
-
-def _finish(dst, cfg, params, tokenizer, overwrite, verb: str, report: dict) -> dict:
-    checkpoint.save(dst, cfg, params, tokenizer, overwrite, {f"{verb}.json": report})
-    parallel.on_main(shutil.rmtree, Path(dst) / "state", True)  # steps serve resuming only
-    return {"path": str(dst), **parallel.on_main(info, dst), verb: report}
 
 
 def export(src, dst, *, layout: str | None = None, overwrite: bool = False) -> dict:

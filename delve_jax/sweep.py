@@ -2,7 +2,7 @@
 
 Two ladders: the recipe's candidates at several budgets, from random weights, or the healing of
 given checkpoints (one per keep ratio) for several numbers of tokens. Every run is a checkpoint
-directory DST/runs/NAME made by `road.train` or `road.heal` and scored on text that no run sees.
+directory DST/runs/NAME made by `training.train` or `heal` and scored on text that no run sees.
 DST/points.csv holds what is finished; the same call goes on, other budgets or seeds are added. One
 process on any devices; several hosts share a DST when each is given budgets or seeds of its own.
 """
@@ -17,11 +17,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import data, evaluate, lm, metrics, models, parallel, parents, presets, road
+from . import data, evaluate, lm, metrics, models, parallel, parents, presets, road, training
 from .config import Config, DelveError, read_json
 from .delphi import recipe as recipes
 from .delphi.recipe import Candidate, Recipe
-from .plan import dense_parents, train_flops
+from .parents.stock import dense_parents
+from .plan import train_flops
 from .train.run import Settings
 
 # of points.csv, in this order; flops is the budget where there is one, loss nats a token
@@ -130,7 +131,7 @@ def _candidates(rules: Recipe, flops, widths, seeds, given, text, tokenizer, mes
                 }  # fmt: skip
 
                 def make(folder, cfg=cfg, settings=settings):
-                    return road.train(
+                    return training.train(
                         cfg, folder, settings, text=text, tokenizer=tokenizer, mesh=mesh
                     )
 
@@ -185,7 +186,7 @@ def _healings(sources, tokens, seeds, given, text, mesh) -> list[Job]:
                 }  # fmt: skip
 
                 def make(folder, src=src, settings=settings):
-                    return road.heal(src, folder, settings, text=text, mesh=mesh)
+                    return training.heal(src, folder, settings, text=text, mesh=mesh)
 
                 jobs.append(Job(f"{road.name_of(src)}-{N}-s{seed}", make, facts))
     names = [job.name for job in jobs]

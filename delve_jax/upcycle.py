@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import VerbModule, checkpoint, data, fuse, lm, look, parents, road
+from . import VerbModule, checkpoint, data, fuse, lm, look, parents, road, training
 from . import compress as compression
 from . import evaluate as evaluation
 from .compress import codes, joint
@@ -233,7 +233,7 @@ def upcycle(
     done("compress and fuse")
     if heal_tokens:
         _say(f"heal for {heal_tokens:,} tokens")
-        road.heal(
+        training.heal(
             work / "fused", work / "checkpoint",
             Settings(tokens=heal_tokens, batch=batch, lr=lr, seed=seed, saving=Saving(save_every)),
             documents=texts["train"], mesh=mesh,

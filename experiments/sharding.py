@@ -70,7 +70,8 @@ def losses(family, mesh_spec, dtype, steps, optimizer="adamh"):
     for _ in range(steps):
         # text with structure: each id follows from the one before; id 0 opens a document
         rows = np.cumsum(ids.integers(0, 3, (B, T + 1)), axis=1) % V
-        state, metrics = step(state, (), parallel.global_batch(mesh, rows.astype(np.int32)))
+        tokens = parallel.global_batch(mesh, rows.astype(np.int32))
+        state, metrics = step(state, (), tokens, np.int32(0))
         out.append(float(metrics["loss"]))
     split = sum(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state))
     return out, split

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import delve_jax
-from delve_jax import cli, data, models, parents, road, upcycle
+from delve_jax import cli, data, models, parents, training, upcycle
 from delve_jax.config import MambaConfig, NeoxConfig, RwkvConfig
 from delve_jax.metrics import read_metrics
 
@@ -70,7 +70,7 @@ def upcycled(place):
     """The finished road, killed once on the way: after fusion it must not compress again."""
     out = place / "out"
     argv = [str(a) for a in road_flags(place, out)]
-    compressed, real_heal, real_compress = [], road.heal, upcycle.joint.compress
+    compressed, real_heal, real_compress = [], training.heal, upcycle.joint.compress
 
     def killed(*args, **kw):
         raise KeyboardInterrupt
@@ -79,11 +79,11 @@ def upcycled(place):
         compressed.append([part.name for part in args[0]])
         return real_compress(*args, **kw)
 
-    road.heal, upcycle.joint.compress = killed, counted
+    training.heal, upcycle.joint.compress = killed, counted
     try:
         assert cli.main(argv) == 130
     finally:
-        road.heal = real_heal
+        training.heal = real_heal
     assert not out.exists() and (place / "out.partial" / "fused").exists()
     before = len(compressed)
     try:

@@ -70,11 +70,11 @@ def two():
     return DelveConfig(streams, n_superblocks=2, latents=2, **joints())
 
 
-def common(latents):
+def common(latents, connectors="hub"):
     """Three streams whose vocabulary tables have their long factors in common."""
     ranks = (("embed", (9,)), ("head", (11,)))
     streams = (("a", mamba(ranks=ranks)), ("b", rwkv(ranks=ranks)), ("c", neox(ranks=ranks)))
-    return DelveConfig(streams, 3, latents, codes=("embed", "head"), **joints())
+    return DelveConfig(streams, 3, latents, connectors, codes=("embed", "head"), **joints())
 
 
 def random_params(cfg, seed=0):
@@ -447,10 +447,14 @@ def test_dense_layout_is_the_product_of_the_factors(case):
     assert dataclasses.replace(dense_cfg, streams=cfg.streams) == cfg
 
 
-@pytest.mark.parametrize("latents,layout", [(1, "factored"), (3, "factored"), (1, "dense")])
-def test_common_codes_leave_and_come_back(tmp_path, latents, layout):
-    """The export has the logits of the JAX model; a factored one comes back bit for bit."""
-    case = make(tmp_path, common(latents), layout, 4)
+@pytest.mark.parametrize("latents,connectors,layout", [
+    (1, "hub", "factored"), (3, "self", "factored"), (2, "cross", "factored"),
+    (1, "none", "factored"), (2, "hub", "dense"),
+])  # fmt: skip
+def test_common_codes_leave_and_come_back(tmp_path, latents, connectors, layout):
+    """The export has the logits of the JAX model; a factored one comes back bit for bit. So for
+    every head and all connectors."""
+    case = make(tmp_path, common(latents, connectors), layout, 4)
     assert case["facts"]["verified"]
     assert case["facts"]["max_abs_diff"] <= 1e-4 * case["facts"]["max_abs_logit"]
     shared = layout == "factored"

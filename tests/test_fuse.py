@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 from delve_jax import DelveError, models
 from delve_jax.compress import codes
 from delve_jax.config import MambaConfig, NeoxConfig, RwkvConfig
-from delve_jax.fuse import _em, fit_weights, fuse, joint_config, joints_count
+from delve_jax.fuse import _em, fit_weights, fuse, joint_config, joints_count, warm_hub
 from delve_jax.models import delve
 
 V = 61
@@ -52,7 +52,8 @@ def pooled_nll(log_p, targets, a):
 
 
 def test_loglinear_weights_are_the_convex_optimum(parts, tokens, log_p):
-    w, report = fit_weights([c for _, c, _ in parts], [p for _, _, p in parts], tokens)
+    pool, report = fit_weights([c for _, c, _ in parts], [p for _, _, p in parts], tokens)
+    w = pool["a"]
     best = minimize(
         lambda a: pooled_nll(*log_p, a), np.full(3, 1 / 3), bounds=[(0, None)] * 3,
         method="L-BFGS-B", options={"ftol": 1e-12},
@@ -66,9 +67,10 @@ def test_loglinear_weights_are_the_convex_optimum(parts, tokens, log_p):
 
 
 def test_mixture_weights_are_the_convex_optimum(parts, tokens, log_p):
-    w, report = fit_weights(
-        [c for _, c, _ in parts], [p for _, _, p in parts], tokens, mixture=True
+    pool, report = fit_weights(
+        [c for _, c, _ in parts], [p for _, _, p in parts], tokens, latents=len(parts)
     )
+    w = np.exp(pool["log_pi"])
     p = np.exp(log_p[0][:, np.arange(len(log_p[1])), log_p[1]])
     best = minimize(
         lambda z: -np.log(np.exp(z - z.max()) / np.exp(z - z.max()).sum() @ p).mean(),
@@ -76,6 +78,46 @@ def test_mixture_weights_are_the_convex_optimum(parts, tokens, log_p):
     )  # fmt: skip
     assert w.sum() == pytest.approx(1) and (w >= 0).all()
     assert report["nll"] == pytest.approx(best.fun, abs=1e-4)
+
+
+def test_two_latents_fit_no_worse_than_one_and_are_what_they_say(parts, tokens, log_p):
+    configs, weights = [c for _, c, _ in parts], [p for _, _, p in parts]
+    one = fit_weights(configs, weights, tokens)[1]["nll"]
+    pool, report = fit_weights(configs, weights, tokens, latents=2)
+    assert pool["a"].shape == (2, 3) and pool["log_pi"].shape == (2,)
+    z = np.einsum("jk,knv->jnv", pool["a"].astype(float), log_p[0])
+    z -= np.logaddexp.reduce(z, axis=-1, keepdims=True)
+    pi = pool["log_pi"] - np.logaddexp.reduce(pool["log_pi"])
+    chosen = z[:, np.arange(len(log_p[1])), log_p[1]] + pi[:, None]
+    assert report["nll"] == pytest.approx(-np.logaddexp.reduce(chosen, 0).mean(), abs=1e-4)
+    assert report["nll"] <= one + 1e-6
+    np.testing.assert_allclose(report["weights"], np.exp(pi) @ pool["a"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("connectors", ["hub", "self"])
+def test_a_warm_hub_explains_what_was_lost_and_changes_nothing_yet(parts, tokens, connectors):
+    """Streams whose dense parents are other streams' linear images: the regression finds them."""
+    cfg, params, _ = fuse(parts, tokens, hub_rank=24, connectors=connectors)
+    dense = [(c, jax.tree.map(lambda a: 1.05 * a, p)) for _, c, p in parts]
+    warm, report = warm_hub(cfg, params, dense, tokens)
+    run = jax.jit(lambda p: models.forward(cfg, p, tokens[:, :-1])[0])
+    np.testing.assert_allclose(run(warm), run(params), rtol=0, atol=1e-5)  # g = 0
+    assert all(0 < r <= 1 for r in report["r2"])
+    # with all gains at 1 the streams come nearer to their parents at the first sync point
+    pool = delve.plain_pool(cfg.names, [c for c, _ in dense], cfg.n_superblocks)
+    whole = {"streams": dict(zip(cfg.names, (p for _, p in dense), strict=True))}
+    goal = delve.traced(pool, whole, tokens)[2]
+    h = {n: x[0] for n, x in delve.traced(cfg, warm, tokens)[2].items()}
+    first = {n: jax.tree.map(lambda a: a[0], warm["hub"][n]) for n in cfg.names}
+    open_ = {n: p | {"g": np.ones_like(p["g"])} for n, p in first.items()}
+    after = delve.hub(cfg, open_, h)
+    scale = {n: float(first[n]["sigma"]) for n in cfg.names}
+    lost = lambda x: sum(  # noqa: E731
+        float((((goal[n][0] - x[n]) / scale[n]) ** 2).sum()) for n in cfg.names
+    )
+    assert 1 - lost(after) / lost(h) == pytest.approx(report["r2"][0], abs=0.02)
+    with pytest.raises(DelveError, match="connectors hub and self"):
+        warm_hub(dataclasses.replace(cfg, connectors="cross"), params, dense, tokens)
 
 
 def test_em_finds_the_generating_weights():

@@ -22,6 +22,7 @@ from delve_jax.metrics import read_metrics
 from delve_jax.models import Compute
 from delve_jax.train import objective, optim
 from delve_jax.train.loop import MAX_IN_A_ROW, Saving, fit, init_state, make_step
+from delve_jax.train.objective import Terms
 
 V, T = 31, 16
 CFG = NeoxConfig(
@@ -152,8 +153,8 @@ def test_padding_of_unequal_ranks_stays_zero(params, windows, tmp_path):
 def poisoned(bad):
     """The loss is NaN, or only its gradient is, where the first id of a batch is 1."""
 
-    def loss(params, frozen, tokens):
-        value, metrics = LOSS(params, frozen, tokens)
+    def loss(params, frozen, tokens, step):
+        value, metrics = LOSS(params, frozen, tokens, step)
         scale = sum(jnp.sum(x) for x in jax.tree.leaves(params))
         term = jnp.where(tokens[0, 0] == 1, jnp.nan if bad == "loss" else 0.0, 0.0) * scale
         if bad == "gradient":  # the slope of sqrt at 0 is infinite: inf * 0 in the chain rule
@@ -257,7 +258,7 @@ def test_chunks_change_neither_value_nor_gradient(params, windows, monkeypatch, 
         return (0.3 * nll + 0.7 * objective.kl(teacher, logits) + 0.01 * z).mean()
 
     monkeypatch.setattr(objective, "chunk_length", lambda *_: chunk)
-    loss = objective.healing(CFG, (CFG,), 0.7, eot=3, z_loss=0.01)
+    loss = objective.healing(CFG, (CFG,), Terms(ce=0.3, kl=0.7), eot=3, z_loss=0.01)
     (value, _), grad = jax.value_and_grad(loss, has_aux=True)(params, frozen, tokens)
     want, want_grad = jax.value_and_grad(whole)(params)
     assert float(value) == pytest.approx(float(want), rel=1e-6)
@@ -275,7 +276,8 @@ def test_the_step_never_holds_all_logits(compute):
     loss = objective.language_model(cfg, Compute(dtype=compute))
     state = jax.eval_shape(lambda p: init_state(p, opt), models.abstract_params(cfg))
     step = make_step(loss, opt, parallel.make_mesh(None), state, ())
-    text = step.lower(state, (), jax.ShapeDtypeStruct((rows, length + 1), jnp.int32)).compile()
+    tokens = jax.ShapeDtypeStruct((rows, length + 1), jnp.int32)
+    text = step.lower(state, (), tokens, jax.ShapeDtypeStruct((), jnp.int32)).compile()
     assert objective.chunk_length(rows, length, big) == length // 2
     shapes = {
         tuple(sorted(map(int, found.split(","))))
@@ -289,7 +291,8 @@ def test_the_step_never_holds_all_logits(compute):
 def test_healing_gradient_pulls_towards_the_teacher(params, windows):
     """With all weight on KL, the teacher itself is the optimum: its gradient vanishes."""
     frozen = {"weights": jnp.ones(1), "teachers": (params,)}
-    grad = jax.grad(lambda p: objective.healing(CFG, (CFG,), 1.0)(p, frozen, windows[:4])[0])
+    loss = objective.healing(CFG, (CFG,), Terms(ce=0.0, kl=1.0))
+    grad = jax.grad(lambda p: loss(p, frozen, windows[:4])[0])
     at_teacher = optax.tree.norm(grad(params))
     away = jax.tree.map(lambda a: a * 1.3, params)
     assert float(at_teacher) < 1e-5 < 1e-3 < float(optax.tree.norm(grad(away)))

@@ -17,6 +17,7 @@ import numpy as np
 from .. import data, parallel
 from ..config import ParentConfig
 from ..train import run
+from ..train.objective import Terms
 
 PASSES = 4  # over the rows
 
@@ -54,6 +55,6 @@ def refine(
     params, report = run.heal(
         cfg, lambda: jax.tree.map(jnp.copy, params),  # a step donates, and may share with `dense`
         open_data, [dense], settings_for(rows_NT, seed, passes), mesh=parallel.make_mesh(None),
-        workdir=workdir, eot=eot, kl_weight=1.0, weights=[1.0],
+        workdir=workdir, eot=eot, terms=Terms(ce=0.0, kl=1.0), weights=[1.0],
     )  # fmt: skip
     return params, report | {"passes": passes, "distinct_tokens": int(rows_NT.size)}

@@ -2,11 +2,14 @@
 
 S superblocks; superblock s runs layers b_p(s) .. b_p(s+1)-1 of every parent p, and before each but
 the first the low-rank hub is the only thing that crosses streams. Pooled head: J = 1 log-linear
-(ordinary logits), J = K probability mixture (log p). Hub (b = 0) and gate (w2 = 0) are exactly
-absent at step 0, so the model starts as the pool of its parents. Where the streams share a
-vocabulary table (`codes`), its long factor stands once beside them, and each keeps its short one.
+(ordinary logits), J = K probability mixture, in between a mixture of J log-linear pools (log p
+both). Hub (b = 0) and gate (w2 = 0) are exactly absent at step 0, so the model starts as the pool
+of its parents. Where the streams share a vocabulary table (`codes`), its long factor stands once
+beside them, and each keeps its short one. Any subset of the streams is a model itself: absent ones
+say nothing to hub, gate and pool (`present_BTK`, or `subset`, which cuts them out).
 """
 
+import dataclasses
 import operator
 
 import jax
@@ -14,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import models
-from ..config import DelveConfig
+from ..config import DelveConfig, DelveError
 from .linear import at_least_f32, linear, rms_norm, wide
 
 HUB_EPS = 1e-6
@@ -36,6 +39,12 @@ def choose_superblocks(depths: list[int]) -> int:
         if all(depth % S == 0 for depth in depths):
             return S
     return min(8, *depths)
+
+
+def plain_pool(names, parents: list, n_superblocks: int = 1) -> DelveConfig:
+    """Parents side by side without hub and gate: what dense parents are to their student."""
+    streams = tuple(zip(names, parents, strict=True))
+    return DelveConfig(streams, n_superblocks, connectors="none", gate_proj=0)
 
 
 def whole(cfg: DelveConfig, params: dict) -> dict:
@@ -60,21 +69,52 @@ def apart(cfg: DelveConfig, streams: dict) -> dict:
     return {"streams": own, "codes": codes}
 
 
-def hub(cfg: DelveConfig, p: dict, h: dict) -> dict:
-    """z = sum_q rms(h_q) A_q;  h_p += sigma_p ((g_p z) B_p), all streams at once (hybrid.md §5)."""
+def rms(x: jax.Array) -> jax.Array:
+    """x over its root mean square along the last axis: what hub and gate read of a stream."""
+    return rms_norm(x, HUB_EPS)
+
+
+def hub(cfg: DelveConfig, p: dict, h: dict, present_BTK=None) -> dict:
+    """h_p += sigma_p ((g_p z_p) B_p), all streams at once (hybrid.md §5); z_p by `connectors`:
+
+    hub: sum_q rms(h_q) A_q; cross: without q = p; self: q = p alone, the control of equal size.
+    """
     p = {n: jax.tree.map(lambda a, n=n: a.astype(h[n].dtype), p[n]) for n in cfg.names}
-    z_BTr = sum(rms_norm(h[n], HUB_EPS) @ p[n]["a"] for n in cfg.names)
+    said = {n: rms(h[n]) @ p[n]["a"] for n in cfg.names}
+    if present_BTK is not None:
+        said = {n: z * present_BTK[..., k, None] for k, (n, z) in enumerate(said.items())}
+    total_BTr = sum(said.values())
+    heard = {
+        "hub": lambda n: total_BTr, "cross": lambda n: total_BTr - said[n], "self": said.get,
+    }[cfg.connectors]  # fmt: skip
     return {
-        n: h[n] + lax.stop_gradient(p[n]["sigma"]) * ((p[n]["g"] * z_BTr) @ p[n]["b"])
+        n: h[n] + lax.stop_gradient(p[n]["sigma"]) * ((p[n]["g"] * heard(n)) @ p[n]["b"])
         for n in cfg.names
     }
 
 
 def features(
     cfg: DelveConfig, params: dict, tokens_BT, state=None, mask_BT=None, segments_BT=None,
-    how: models.Compute = models.F32,
+    how: models.Compute = models.F32, present_BTK=None,
 ):  # fmt: skip
-    """Run all streams -> ({name: f_BTD after the stream's final norm}, state)."""
+    """Run all streams -> ({name: f_BTD after the stream's final norm}, state).
+
+    present_BTK: 1 where a sequence has the stream, 0 where not, T may be 1 (None: all).
+    """
+    f, state, _ = traced(
+        cfg, params, tokens_BT, state, mask_BT, segments_BT, how, present_BTK, False
+    )
+    return f, state
+
+
+def traced(
+    cfg: DelveConfig, params: dict, tokens_BT, state=None, mask_BT=None, segments_BT=None,
+    how: models.Compute = models.F32, present_BTK=None, trace: bool = True,
+):  # fmt: skip
+    """`features` and the streams on the way -> (f, state, {name: h_SBTD}).
+
+    h_SBTD: the stream at the end of each of the S superblocks, as the hub then reads it.
+    """
     S, streams = cfg.n_superblocks, whole(cfg, params)
     h, ctx, book, layers, caches, bounds = {}, {}, {}, {}, {}, {}
     for n, sub in cfg.streams:
@@ -90,36 +130,39 @@ def features(
         """One superblock; slot = (hub parameters or None, layers and states of every stream)."""
         hub_p, layers_s, caches_s = slot
         if hub_p is not None:
-            h = hub(cfg, hub_p, h)
+            h = hub(cfg, hub_p, h, present_BTK)
         out = {
             n: models.run_layers(sub, layers_s[n], h[n], caches_s[n], ctx[n], how)
             for n, sub in cfg.streams
         }
-        return {n: x for n, (x, _) in out.items()}, {n: c for n, (_, c) in out.items()}
+        h = {n: x for n, (x, _) in out.items()}
+        return h, ({n: c for n, (_, c) in out.items()}, h if trace else None)
 
+    hubs = params.get("hub")
     if S > 1 and all(sub.n_layers % S == 0 for _, sub in cfg.streams):
         split = lambda a: a.reshape(S, a.shape[0] // S, *a.shape[1:])  # noqa: E731
         # a zero hub before superblock 0 adds exactly nothing and keeps one body for the scan
-        hubs = jax.tree.map(lambda a: jnp.concatenate([jnp.zeros_like(a[:1]), a]), params["hub"])
+        hubs = jax.tree.map(lambda a: jnp.concatenate([jnp.zeros_like(a[:1]), a]), hubs)
         slots = (hubs, jax.tree.map(split, layers), jax.tree.map(split, caches))
-        h, caches = lax.scan(superblock, h, slots)
+        h, (caches, way) = lax.scan(superblock, h, slots)
         caches = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), caches)
     else:
         parts = []
         for s in range(S):
-            hub_p = jax.tree.map(operator.itemgetter(s - 1), params["hub"]) if s else None
+            hub_p = jax.tree.map(operator.itemgetter(s - 1), hubs) if s else None
             layers_s, caches_s = (
                 {n: _rows(tree[n], *bounds[n][s : s + 2]) for n in cfg.names}
                 for tree in (layers, caches)
             )
             h, part = superblock(h, (hub_p, layers_s, caches_s))
             parts.append(part)
-        caches = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+        caches = jax.tree.map(lambda *a: jnp.concatenate(a), *(c for c, _ in parts))
+        way = jax.tree.map(lambda *a: jnp.stack(a), *(on for _, on in parts))
 
     f = {n: models.final_features(sub, streams[n], h[n]) for n, sub in cfg.streams}
     if state is None:
-        return f, None
-    return f, {n: {"layers": caches[n], **book[n]} for n in cfg.names}
+        return f, None, way
+    return f, {n: {"layers": caches[n], **book[n]} for n in cfg.names}, way
 
 
 def _rows(tree, start: int, stop: int):
@@ -127,25 +170,42 @@ def _rows(tree, start: int, stop: int):
     return jax.tree.map(lambda a: a[start:stop], tree)
 
 
-def gate(cfg: DelveConfig, p: dict, f: dict) -> jax.Array:
-    """delta_BTK of the token gate; zero while w2 is zero (hybrid.md §9)."""
-    parts = [rms_norm(wide(f[n]), HUB_EPS) @ wide(p["p"][n]) for n in cfg.names]
+def gate(cfg: DelveConfig, p: dict, f: dict, present_BTK=None) -> jax.Array:
+    """delta_BTG of the token gate; zero while w2 is zero (hybrid.md §9). G: `gate_outputs`."""
+    parts = [rms(wide(f[n])) @ wide(p["p"][n]) for n in cfg.names]
+    if present_BTK is not None:
+        parts = [x * present_BTK[..., k, None] for k, x in enumerate(parts)]
     return jax.nn.silu(jnp.concatenate(parts, axis=-1) @ wide(p["w1"])) @ wide(p["w2"])
 
 
-def loglinear_weights(pool: dict, delta_BTK) -> jax.Array:
-    """Weights of the log-linear pool under the gate: at most e^2 times the static ones."""
-    return pool["a"] * jnp.exp(2 * jnp.tanh(delta_BTK / 2))
+def gate_outputs(cfg: DelveConfig) -> int:
+    """Numbers the gate gives a token: one a stream, and one a latent where both have weights."""
+    K, J = len(cfg.streams), cfg.latents
+    return K + J if 1 < J < K else K
 
 
-def pool_logits(cfg: DelveConfig, pool: dict, delta_BTK, logits: list[jax.Array]) -> jax.Array:
-    """Per-stream logits [.., V] -> pooled logits (J = 1) or log-probabilities (J = K)."""
-    if cfg.latents == 1:
-        a_BTK = loglinear_weights(pool, delta_BTK)
-        return sum(a_BTK[..., k, None] * ell for k, ell in enumerate(logits))
-    log_w = jax.nn.log_softmax(pool["log_pi"] + delta_BTK)
-    terms = [log_w[..., k, None] + jax.nn.log_softmax(ell) for k, ell in enumerate(logits)]
-    return jax.nn.logsumexp(jnp.stack(terms), axis=0)
+def pool_weights(cfg: DelveConfig, pool: dict, delta, present_BTK=None):
+    """(a [.., J, K] of the log-linear pools or None, log pi [.., J] of their mixture or None).
+
+    The gate moves a by at most e^2. Of a subset of the streams a keeps its static sum, which is
+    the inverse of a temperature; J = K: a is the identity (None), pi is over the streams.
+    """
+    K = len(cfg.streams)
+    if cfg.latents == K and K > 1:
+        log_w = pool["log_pi"] + delta
+        if present_BTK is not None:
+            log_w = jnp.where(present_BTK > 0, log_w, -jnp.inf)
+        return None, jax.nn.log_softmax(log_w)
+    a_JK = pool["a"][None] if cfg.latents == 1 else pool["a"]
+    if present_BTK is not None:
+        kept = a_JK * present_BTK[..., None, :]
+        # streams of static weight 0 alone: they share it evenly
+        even = present_BTK[..., None, :] / jnp.maximum(present_BTK.sum(-1)[..., None, None], 1)
+        left = kept.sum(-1, keepdims=True)
+        total = a_JK.sum(-1, keepdims=True)
+        a_JK = jnp.where(left > 0, kept * total / jnp.where(left > 0, left, 1), even * total)
+    a = a_JK * jnp.exp(2 * jnp.tanh(delta[..., None, :K] / 2))
+    return a, None if cfg.latents == 1 else jax.nn.log_softmax(pool["log_pi"] + delta[..., K:])
 
 
 def stream_logits(cfg: DelveConfig, params: dict, f: dict) -> list[jax.Array]:
@@ -154,23 +214,74 @@ def stream_logits(cfg: DelveConfig, params: dict, f: dict) -> list[jax.Array]:
     return [models.head_logits(sub, streams[n], f[n]) for n, sub in cfg.streams]
 
 
-def head(cfg: DelveConfig, params: dict, f: dict) -> jax.Array:
-    """Features of all streams -> pooled logits; see `models.head`."""
-    delta_BTK = jnp.zeros(len(f), at_least_f32(f[cfg.names[0]].dtype))
+def head(cfg: DelveConfig, params: dict, f: dict, present_BTK=None) -> jax.Array:
+    """Features of all streams -> pooled logits [.., V], log p where J > 1; see `models.head`."""
+    dtype = at_least_f32(f[cfg.names[0]].dtype)
+    delta = jnp.zeros(gate_outputs(cfg), dtype)
     if cfg.gate_proj:
-        delta_BTK = gate(cfg, params["gate"], f)
-    if cfg.latents == 1 and "head" in cfg.codes:  # pooled as codes: one product with the long side
-        a_BTK = loglinear_weights(params["pool"], delta_BTK)
-        z_BTr = sum(
-            a_BTK[..., k, None] * wide(linear({"kernel": params["streams"][n]["head"]["v"]}, f[n]))
-            for k, n in enumerate(cfg.names)
-        )
-        u_rV = params["codes"]["head"]["u"]
-        dtype = f[cfg.names[0]].dtype
-        return jnp.matmul(
-            z_BTr.astype(dtype), u_rV.astype(dtype), preferred_element_type=z_BTr.dtype
-        )
-    return pool_logits(cfg, params["pool"], delta_BTK, stream_logits(cfg, params, f))
+        delta = gate(cfg, params["gate"], f, present_BTK)
+    a, log_pi = pool_weights(cfg, params["pool"], delta, present_BTK)
+    latents = range(cfg.latents)
+    if a is None:
+        parts = stream_logits(cfg, params, f)
+    elif "head" in cfg.codes:  # pooled as codes: one product with the long side a latent
+        codes = [
+            wide(linear({"kernel": params["streams"][n]["head"]["v"]}, f[n])) for n in cfg.names
+        ]
+        u_rV = params["codes"]["head"]["u"].astype(f[cfg.names[0]].dtype)
+        parts = [
+            jnp.matmul(z.astype(u_rV.dtype), u_rV, preferred_element_type=dtype)
+            for z in (sum(a[..., j, k, None] * z for k, z in enumerate(codes)) for j in latents)
+        ]
+    else:
+        own = stream_logits(cfg, params, f)
+        parts = [sum(a[..., j, k, None] * ell for k, ell in enumerate(own)) for j in latents]
+    if log_pi is None:
+        return parts[0]
+    terms = [log_pi[..., j, None] + jax.nn.log_softmax(ell) for j, ell in enumerate(parts)]
+    return jax.nn.logsumexp(jnp.stack(terms), axis=0)
+
+
+def subset(cfg: DelveConfig, params: dict, names: tuple[str, ...]) -> tuple[DelveConfig, dict]:
+    """The DELVE of some of the streams, in the order of the whole one: a model of its own.
+
+    Their pool keeps the whole one's temperature. DelveError: an unknown name, or none.
+    """
+    if unknown := [n for n in names if n not in cfg.names]:
+        raise DelveError(f"--streams {unknown[0]}: the streams are {', '.join(cfg.names)}")
+    if not names:
+        raise DelveError(f"--streams: name at least one of {', '.join(cfg.names)}")
+    kept = [k for k, n in enumerate(cfg.names) if n in names]
+    some = {cfg.names[k] for k in kept}
+    K, J = len(cfg.streams), cfg.latents
+    if 1 < J < K and len(kept) <= J:
+        raise DelveError(f"--streams: a head of {J} latents needs more than {J} streams")
+    new = dataclasses.replace(
+        cfg, streams=tuple(cfg.streams[k] for k in kept), latents=len(kept) if J == K else J,
+        teachers=tuple(cfg.teachers[k] for k in kept) if len(cfg.teachers) == K else (),
+    )  # fmt: skip
+    at = jnp.array(kept)
+    out = {k: v for k, v in params.items() if k == "codes"}
+    for room in ("streams", "hub"):
+        if room in params:
+            out[room] = {n: p for n, p in params[room].items() if n in some}
+    a_JK, log_pi = pool_weights(
+        cfg, params["pool"], jnp.zeros(gate_outputs(cfg)), jnp.zeros(K).at[at].set(1.0)
+    )
+    if a_JK is None:  # one stream of a mixture is its own p
+        out["pool"] = {"a": jnp.ones(1)} if len(kept) == 1 else {"log_pi": log_pi[at]}
+    elif J == 1:
+        out["pool"] = {"a": a_JK[0, at]}
+    else:
+        out["pool"] = {"a": a_JK[:, at], "log_pi": params["pool"]["log_pi"]}
+    if "gate" in params:
+        p, rows = params["gate"], cfg.gate_proj
+        w1 = jnp.concatenate([p["w1"][k * rows : (k + 1) * rows] for k in kept])
+        w2 = p["w2"][:, jnp.array([*kept, *range(K, gate_outputs(cfg))])]
+        if a_JK is None and len(kept) == 1:
+            w2 = jnp.zeros_like(w2)
+        out["gate"] = {"p": {n: p["p"][n] for n in new.names}, "w1": w1, "w2": w2}
+    return new, out
 
 
 def init_joints(cfg: DelveConfig, key: jax.Array) -> dict:
@@ -178,8 +289,10 @@ def init_joints(cfg: DelveConfig, key: jax.Array) -> dict:
 
     Only one factor of each pair is zero (hub b, gate w2), so both get gradients once one moves.
     """
-    k = len(cfg.streams)
-    pool = {"a": jnp.full((k,), 1 / k)} if cfg.latents == 1 else {"log_pi": jnp.zeros((k,))}
+    k, J = len(cfg.streams), cfg.latents
+    pool = {} if J == 1 else {"log_pi": jnp.zeros((J,))}
+    if J < k or k == 1:
+        pool["a"] = jnp.full((J, k) if J > 1 else (k,), 1 / k)
     keys = iter(jax.random.split(key, 2 * k + 1))
     normal = lambda shape, fan: jax.random.normal(next(keys), shape) / fan**0.5  # noqa: E731
     out = {"pool": pool}
@@ -187,10 +300,10 @@ def init_joints(cfg: DelveConfig, key: jax.Array) -> dict:
         out["gate"] = {
             "p": {n: normal((s.d_model, cfg.gate_proj), s.d_model) for n, s in cfg.streams},
             "w1": normal((k * cfg.gate_proj, cfg.gate_hidden), k * cfg.gate_proj),
-            "w2": jnp.zeros((cfg.gate_hidden, k)),
+            "w2": jnp.zeros((cfg.gate_hidden, gate_outputs(cfg))),
         }
     S, r = cfg.n_superblocks, cfg.hub_rank
-    if S > 1:
+    if S > 1 and cfg.connectors != "none":
         out["hub"] = {
             n: {
                 "a": normal((S - 1, sub.d_model, r), sub.d_model),

@@ -7,14 +7,21 @@ export_stock(cfg, params, DST, tokenizer_json)      a directory that plain trans
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from .. import checkpoint
-from ..config import DelveError, read_json
-from .layerwise import Files, Saved
-from .stock import describe, export_stock, family_of, load_stock
+import jax
 
-__all__ = ["commit", "describe", "detect", "export_stock", "load", "open_layers", "peek", "resolve"]
+from .. import checkpoint, models, parallel
+from ..config import Config, DelveError, read_json
+from ..models import delve, elastic
+from .layerwise import Files, Saved
+from .stock import dense_parents, describe, export_stock, family_of, load_stock
+
+__all__ = [
+    "commit", "dense_parents", "describe", "detect", "export_stock", "load", "open_layers", "part",
+    "peek", "resolve",
+]  # fmt: skip
 
 _HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _KEEP = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
@@ -92,24 +99,61 @@ def peek(src: str | Path):
     return describe(path)[1:]
 
 
-def load(src: str | Path, dtype: str | None = None, mesh=None):
+def load(
+    src: str | Path,
+    dtype: str | None = None,
+    mesh=None,
+    *,
+    keep: float | None = None,
+    streams: Sequence[str] = (),
+):
     """Read any source into (cfg, params, tokenizer_json or None).
 
     dtype: of the arrays (float32, bfloat16, float16), None keeps each tensor's own; cfg.dtype says
-    what is stored. mesh: where the arrays go
-    (`parallel.shardings`), None for the first device. Raises DelveError for anything that does
+    what is stored. mesh: where the arrays go (`parallel.shardings`), None for the first device.
+    keep, streams: only a part of the model, see `part`. Raises DelveError for anything that does
     not fit: files, names, shapes, NaN.
     """
     path = resolve(src)
     kind = detect(path)
     if kind == "checkpoint":
         cfg, params = checkpoint.restore(path, mesh, dtype)
-        return cfg, params, checkpoint.load_tokenizer(path)
-    if kind == "delve":
+        tokenizer = checkpoint.load_tokenizer(path)
+    elif kind == "delve":
         from .delve import read_exported_delve
 
-        return read_exported_delve(path, dtype, mesh)
-    return load_stock(path, dtype, mesh)
+        cfg, params, tokenizer = read_exported_delve(path, dtype, mesh)
+    else:
+        cfg, params, tokenizer = load_stock(path, dtype, mesh)
+    if keep is None and not streams:
+        return cfg, params, tokenizer
+    try:
+        cfg, params = part(cfg, params, keep, streams)
+    except DelveError as err:
+        raise DelveError(f"{src}: {err}") from None
+    if mesh is not None:
+        params = jax.device_put(params, parallel.shardings(mesh, params))
+    return cfg, params, tokenizer
+
+
+def part(cfg: Config, params: dict, keep: float | None = None, streams: Sequence[str] = ()):
+    """A smaller model that is in this one -> (cfg, params).
+
+    streams: of a DELVE, only these. keep: only so many of the first ranks of every factored map
+    that all parameters are at most this share of the dense parents' (of the streams that are left).
+    DelveError: not a DELVE, unknown streams, nothing factored, a share that is too small.
+    """
+    if streams:
+        if cfg.family != "delve":
+            raise DelveError("--streams: only a DELVE has streams")
+        cfg, params = delve.subset(cfg, params, tuple(streams))
+    if keep is not None:
+        if not 0 < keep <= 1:
+            raise DelveError(f"--keep {keep}: must lie in (0, 1], the kept share of all parameters")
+        cfg, params = elastic.shrink(
+            cfg, params, int(keep * sum(map(models.count, dense_parents(cfg))))
+        )
+    return cfg, params
 
 
 def open_layers(src: str | Path):

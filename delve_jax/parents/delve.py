@@ -116,8 +116,9 @@ def entries(cfg: DelveConfig) -> list[Entry]:
     out = []
     for path, _ in leaves(models.abstract_params(cfg)):
         room = path[0]
-        if room == "pool":
-            out.append(Entry("pool", path))
+        if room == "pool":  # one tensor, but for mixtures of pools
+            both = path[1] == "log_pi" and cfg.latents < len(cfg.streams)
+            out.append(Entry("pool_log_pi" if both else "pool", path))
         elif room == "codes":  # [V, r] as torch has an embedding, and a linear map to V outputs
             view = "same" if path[1] == "embed" else "transpose"
             out.append(Entry(f"codes.{path[1]}.weight", path, view=view))

@@ -233,8 +233,13 @@ def _card(cfg: Config, facts: dict) -> str:
         f"|---|---|---|---|---|---|\n{rows}",
     ]
     if cfg.family == "delve":
-        head = "log-linear pool (ordinary logits)" if cfg.latents == 1 else "mixture (log p)"
-        text.append(f"Superblocks: {cfg.n_superblocks}. Hub rank: {cfg.hub_rank}. Head: {head}.")
+        head = "log-linear pool (ordinary logits)"
+        if cfg.latents > 1:
+            head = f"mixture of {cfg.latents} (log p)"
+        joint = f"Connectors: {cfg.connectors}"
+        if cfg.connectors != "none":
+            joint += f" of rank {cfg.hub_rank}"
+        text.append(f"Superblocks: {cfg.n_superblocks}. {joint}. Head: {head}.")
         if cfg.codes:
             text.append(f"Vocabulary tables that the streams share: {', '.join(cfg.codes)}.")
         if cfg.teachers:

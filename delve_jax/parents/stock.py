@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from .. import checkpoint, parallel
-from ..config import DelveError, ParentConfig, read_json
+from ..config import Config, DelveError, ParentConfig, read_json
 from . import mamba, neox, qwen3, rwkv
 from .io import SAFE_NAMES, SHARD_BYTES, Source, weight_files, write_safetensors
 from .rows import Fields, Row, copy
@@ -45,6 +45,29 @@ def family_of(raw: dict, where: str) -> str:
             f"{', '.join(MODEL_TYPES)} is expected{hint}"
         )
     return MODEL_TYPES[kind]
+
+
+def dense_parents(cfg: Config) -> tuple[ParentConfig, ...]:
+    """The dense parents of a DELVE, or of a compressed parent, with valid vocabulary rows only.
+
+    Of pruned MLPs and untied tables the source's own config file knows what they were.
+    """
+    parts = [sub for _, sub in cfg.streams] if cfg.family == "delve" else [cfg]
+    return tuple(_dense(sub) for sub in parts)
+
+
+def _dense(cfg: ParentConfig) -> ParentConfig:
+    dense = dataclasses.replace(cfg, ranks=(), neurons=())
+    if not cfg.hf_config:
+        return dense
+    family, raw = FAMILIES[cfg.family], json.loads(cfg.hf_config)
+    source = family.config(raw, "config.json", vocab_size=cfg.vocab_size, vocab_rows=cfg.vocab_rows)
+    if cfg.neurons:
+        dense = dataclasses.replace(dense, d_ffn=source.d_ffn)
+    if cfg.rank("head") is not None:  # factored: a tied table may have been untied for it
+        tied = raw.get("tie_word_embeddings", family.TIED_BY_DEFAULT)
+        dense = dataclasses.replace(dense, tie_embeddings=tied)
+    return dense
 
 
 def tokenizer_size(text: str, where: str) -> int:

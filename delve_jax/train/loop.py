@@ -27,6 +27,7 @@ from tqdm import tqdm
 from .. import checkpoint, parallel
 from ..config import DelveError
 from ..metrics import MetricsLog, progress
+from . import objective
 
 MAX_IN_A_ROW, MAX_SKIPPED = 5, 50  # steps without effect before a run gives up
 
@@ -47,30 +48,32 @@ def init_state(params, optimizer) -> dict:
 
 
 def make_step(loss_fn, optimizer, mesh, state, frozen, accumulate: int = 1):
-    """The compiled step (state, frozen, tokens) -> (state, metrics), sharded on `mesh`.
+    """The compiled step (state, frozen, tokens, index) -> (state, metrics), sharded on `mesh`.
 
     `state` and `frozen` may be abstract; state (donated) is that of `init_state`. tokens: [B, T+1],
     or [accumulate, B, T+1]: the mean gradient over the first axis is taken before the update.
+    index: number of the step, for losses whose weights or draws change with it.
     """
     shard_state = parallel.shardings(mesh, state)
     shard_frozen = parallel.shardings(mesh, frozen)
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def gradient(params, frozen, tokens):
+    def gradient(params, frozen, tokens, index):
         if accumulate == 1:
-            return grad_fn(params, frozen, tokens)
-        shapes = jax.eval_shape(grad_fn, params, frozen, tokens[0])
+            return grad_fn(params, frozen, tokens, index)
+        first = jax.tree.map(lambda a: a[0], tokens)
+        shapes = jax.eval_shape(grad_fn, params, frozen, first, index)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         zeros = zeros[0], lax.with_sharding_constraint(zeros[1], shard_state["params"])
 
         def add(total, tokens_BT):
-            return jax.tree.map(jnp.add, total, grad_fn(params, frozen, tokens_BT)), None
+            return jax.tree.map(jnp.add, total, grad_fn(params, frozen, tokens_BT, index)), None
 
         total, _ = lax.scan(add, zeros, tokens)
         return jax.tree.map(lambda x: x / accumulate, total)
 
-    def step(state, frozen, tokens):
-        (loss, metrics), grads = gradient(state["params"], frozen, tokens)
+    def step(state, frozen, tokens, index):
+        (loss, metrics), grads = gradient(state["params"], frozen, tokens, index)
         norm = optax.tree.norm(grads)
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
@@ -88,6 +91,7 @@ def make_step(loss_fn, optimizer, mesh, state, frozen, accumulate: int = 1):
             shard_state,
             shard_frozen,
             parallel.batch_sharding(mesh, int(accumulate > 1)),
+            parallel.replicated(mesh),
         ),
         out_shardings=(shard_state, parallel.replicated(mesh)),
         donate_argnums=0,
@@ -139,7 +143,8 @@ def fit(
     params: arrays (copied, the caller keeps them), or (shapes, make) where make() -> arrays is
     called only when there is no state to resume and its arrays become the state. dataset: a grain
     MapDataset whose element i is this process's rows of step i, int32 [B / shards, T+1]
-    (`parallel.feed`). Appends to `workdir/metrics.jsonl`.
+    (`parallel.feed`), or a dict of "tokens" and what goes with them (`cache`). Appends to
+    `workdir/metrics.jsonl`.
     DelveError: too many steps were not finite; the last good state stays.
     """
     mesh = mesh or parallel.make_mesh(None)
@@ -169,13 +174,11 @@ def fit(
         clock = _Clock(start)
         pending, saved_at = None, time.monotonic()
         for i, rows in zip(range(start, steps), _prefetched(dataset, start, steps), strict=True):
-            rows = np.asarray(rows, np.int32)
-            if accumulate > 1:
-                rows = rows.reshape(accumulate, -1, rows.shape[-1])
-            tokens = parallel.global_batch(mesh, rows, int(accumulate > 1))
+            batch = jax.tree.map(lambda a: _placed(mesh, np.asarray(a), accumulate), rows)
+            tokens = objective.tokens_of(batch)
             per_step = tokens.size // tokens.shape[-1] * (tokens.shape[-1] - 1)
             clock.waited()
-            state, metrics = step_fn(state, frozen, tokens)
+            state, metrics = step_fn(state, frozen, batch, np.int32(i))
             bar.update(1)
             n = i + 1
             # the numbers of a step are read once the next one is under way: no device waits
@@ -196,6 +199,14 @@ def fit(
                 raise SystemExit(0)
             clock.resume()
     return state["params"]
+
+
+def _placed(mesh, rows: np.ndarray, accumulate: int) -> jax.Array:
+    """This process's rows of a batch as part of the global array, cut into microbatches."""
+    rows = rows.astype(np.int32) if rows.dtype == np.int64 else rows
+    if accumulate > 1:
+        rows = rows.reshape(accumulate, -1, *rows.shape[1:])
+    return parallel.global_batch(mesh, rows, int(accumulate > 1))
 
 
 def _prefetched(dataset, start: int, stop: int):

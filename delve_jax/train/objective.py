@@ -1,4 +1,5 @@
-"""Objectives: next-token cross-entropy and the KL divergence to a pooled teacher, in nats a token.
+"""Objectives, in nats a token: cross-entropy, KL to dense parents (pooled, and each to its stream),
+hidden match; streams and ranks that are left out at random, so that parts of a model are models.
 
 tokens_BT holds T+1 ids: positions 0..T-1 are read, 1..T are predicted. The head runs chunk by chunk
 of T, and its gradient is taken in the forward pass (chunk by chunk too), so that [B, T, V] is never
@@ -7,17 +8,21 @@ held and no logit is computed twice. With `eot` documents in a row do not see ea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from .. import models
-from ..models import Compute
+from ..config import DelveError
+from ..models import Compute, delve, elastic
 
 LOGITS_BYTES = {"cpu": 2**24}  # of one chunk's float32 logits on a device; cache-sized on a CPU
 LOGITS_BYTES_ELSEWHERE = 2**28
+JOINTS = ("hub", "gate", "pool")  # what fusion adds to its parents
 REMAT_ABOVE = 100_000_000  # parameters; below, recomputing layers costs more than it saves
 
 
@@ -33,9 +38,27 @@ def kl(teacher_BTV: jax.Array, student_BTV: jax.Array) -> jax.Array:
     return (jnp.exp(log_t) * (log_t - log_s)).sum(-1)
 
 
+def sampled_kl(logits_BTV: jax.Array, ids_BTS, counts_BTS, entropy_BT) -> jax.Array:
+    """Estimate of KL(T || p) at each position [B, T] from samples of T (`cache`), unbiased.
+
+    ids_BTS, counts_BTS: distinct ids and how often each was drawn; entropy_BT: - mean log T of the
+    same draws.
+    """
+    chosen = jnp.take_along_axis(logits_BTV, ids_BTS.astype(jnp.int32), axis=-1)
+    nll = jax.nn.logsumexp(logits_BTV, axis=-1)[..., None] - chosen
+    counts_BTS = counts_BTS.astype(nll.dtype)
+    mean_BT = (counts_BTS * nll).sum(-1) / jnp.maximum(counts_BTS.sum(-1), 1)
+    return mean_BT - entropy_BT.astype(nll.dtype)
+
+
 def default_remat(cfg) -> str:
     """Layers are recomputed where the model is large enough for it to pay."""
     return "layer" if models.count(cfg) > REMAT_ABOVE else "none"
+
+
+def tokens_of(batch) -> jax.Array:
+    """The ids of a batch: it is them, or a dict of them and of teachers' samples (`cache`)."""
+    return batch["tokens"] if isinstance(batch, dict) else batch
 
 
 def segments(tokens_BT: jax.Array, eot: int | None) -> jax.Array | None:
@@ -102,72 +125,231 @@ def over_chunks(fn: Callable, head: dict, features, frozen, xs_BT, chunk: int):
     return run(head, features, frozen, xs_BT)
 
 
+# ---- what is trained for -------------------------------------------------------------------------
+
+Weight = float | tuple[float, float]  # of a whole run, or at its first and its last step
+
+
+@dataclass(frozen=True)
+class Terms:
+    """ce CE + kl KL(T || model) + streams mean_k KL(T_k || stream k) + hidden (hybrid.md §12).
+
+    T: the log-linear pool of the dense parents; T_k: the parent of stream k alone; hidden: mean
+    square of rms(h) - rms(h of the dense parent) at the sync points (ends of superblocks but the
+    last). The last two are for a DELVE whose teachers are its streams' own parents.
+    """
+
+    ce: Weight = 0.5
+    kl: Weight = 0.5
+    streams: Weight = 0.0
+    hidden: Weight = 0.0
+    stream_drop: float = 0.0  # chance that a sequence does without a stream (one always stays)
+    rank_drop: float = 1.0  # least share of all ranks that half the steps go down to (1: none)
+
+    def at(self, name: str, step, steps: int):
+        """Weight of a term at a step, linear between its two ends."""
+        first, last = ends(getattr(self, name))
+        if first == last:
+            return first
+        return first + (last - first) * jnp.minimum(step / max(steps - 1, 1), 1.0)
+
+    def has(self, name: str) -> bool:
+        return any(ends(getattr(self, name)))
+
+    @property
+    def name(self) -> str:
+        """The terms that count, as "ce+kl"."""
+        return "+".join(filter(self.has, ("ce", "kl", "streams", "hidden")))
+
+    def checked(self) -> Terms:
+        """Itself; DelveError names the flag that is out of its range."""
+        for name in ("ce", "kl", "streams", "hidden"):
+            if not all(0 <= w < math.inf for w in ends(getattr(self, name))):
+                raise DelveError(f"objective, {name}: {getattr(self, name)} must not be negative")
+        if not any(self.has(name) for name in ("ce", "kl", "streams", "hidden")):
+            raise DelveError("objective: all its weights are 0")
+        if not 0 <= self.stream_drop < 1:
+            raise DelveError(f"--stream-drop {self.stream_drop}: must lie in [0, 1)")
+        if not 0 < self.rank_drop <= 1:
+            raise DelveError(f"--rank-drop {self.rank_drop}: must lie in (0, 1]")
+        return self
+
+
+def ends(weight: Weight) -> tuple[float, float]:
+    """(first, last) of a weight."""
+    return tuple(weight) if isinstance(weight, (tuple, list)) else (weight, weight)
+
+
+PLAIN = Terms(ce=1.0, kl=0.0)
+
+
 def language_model(
     cfg, how: Compute | None = None, eot: int | None = None, z_loss: float = 0.0, rows: int = 0
 ):
-    """Loss of plain training: (params, frozen, tokens_BT) -> (loss, metrics with "nll").
+    """Loss of plain training: (params, frozen, batch, step) -> (loss, metrics with "nll").
 
     rows: rows of a batch on one device (0: all), which decides the chunk; z_loss: weight of
     logsumexp^2 (PaLM, arXiv 2204.02311).
     """
-    return healing(cfg, (), 0.0, how=how, eot=eot, z_loss=z_loss, rows=rows)
+    return healing(cfg, (), PLAIN, how=how, eot=eot, z_loss=z_loss, rows=rows)
+
+
+def _own_parents(cfg, teachers: tuple) -> bool:
+    """Whether teacher k can teach stream k alone: as many, of the same families and sizes."""
+    shape = lambda c: (c.family, c.d_model, c.n_layers)  # noqa: E731
+    return cfg.family == "delve" and [shape(c) for _, c in cfg.streams] == [*map(shape, teachers)]
+
+
+def draws(tokens_BT: jax.Array, step, seed: int) -> jax.Array:
+    """A random key a row: a function of step, seed and the row's ids, not of how rows are spread
+    over devices and microbatches."""
+    weigh_T = jax.random.bits(jax.random.key(seed), tokens_BT.shape[1:], jnp.uint32) | 1
+    rows_B = (tokens_BT.astype(jnp.uint32) * weigh_T).sum(1)
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B)
+
+
+def drop_streams(keys_B: jax.Array, K: int, chance: float) -> jax.Array:
+    """present_B1K of 0 and 1: each stream is absent with this chance; where all were, all stay."""
+    here_BK = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - chance, (K,)))(keys_B)
+    return jnp.where(here_BK.any(1, keepdims=True), here_BK, True)[:, None].astype(jnp.float32)
+
+
+def drop_ranks(step, seed: int, least: float) -> jax.Array:
+    """Share of all ranks at a step: all in half of the steps, `least` in a quarter, else between.
+
+    Largest and smallest most often (the sandwich rule, arXiv 1903.05134).
+    """
+    key = jax.random.fold_in(jax.random.key(seed ^ 0x72616E6B), step)
+    which, between = jax.random.uniform(key, (2,))
+    return jnp.where(
+        which < 0.5, 1.0, jnp.where(which < 0.75, least, least + (1 - least) * between)
+    )
 
 
 def healing(
     cfg,
     teachers: tuple = (),
-    kl_weight: float = 0.5,
+    terms: Terms = Terms(),  # noqa: B008  (frozen)
     *,
+    steps: int = 1,
+    seed: int = 0,
+    trains: str = "all",
+    cached: bool = False,
     how: Compute | None = None,
     eot: int | None = None,
     z_loss: float = 0.0,
     rows: int = 0,
 ):
-    """Loss of healing: (1 - w) CE + w KL(pool of dense parents || model); w = 0 without teachers.
+    """Loss of healing by `Terms`: (params, frozen, batch, step) -> (loss, {term: mean}).
 
-    The pool is log-linear: sum_k weights_k logits_k (hybrid.md §12, T). frozen = {"weights": [K],
-    "teachers": tuple of parameter trees}, so that they are arguments of the compiled step (sharded
-    like the rest) and not constants inside it.
+    frozen = {"weights": [K] of the teachers' log-linear pool, "teachers": tuple of parameter
+    trees}, so that they are arguments of the compiled step (sharded like the rest) and not
+    constants inside it; () without teachers, which only CE does without. steps: of the run, for
+    weights that change; trains: "all", or only the "experts" or the "joints" (hub, gate, pool) get
+    gradients; cached: batches bring samples of the teachers' pool (`cache`), frozen is ().
+    DelveError: terms that these teachers cannot give.
     """
     how = how or Compute(remat=default_remat(cfg))
     reading = Compute(dtype=how.dtype, residual=how.residual)  # teachers: nothing to recompute
+    terms = terms.checked() if teachers or cached else PLAIN
+    hybrid = cfg.family == "delve"
+    matched, hidden = terms.has("streams"), terms.has("hidden")
+    if (matched or hidden) and cached:
+        raise DelveError(
+            "--teacher-cache: holds the pool's answers alone; without KL of each stream and hidden "
+            "match"
+        )
+    if (matched or hidden) and not _own_parents(cfg, teachers):
+        raise DelveError(
+            "objective: KL of each stream and hidden match need the dense parent of every stream "
+            "as its teacher, in the order of the streams"
+        )
+    if teachers:
+        own = _own_parents(cfg, teachers)
+        names = cfg.names if own else map(str, range(len(teachers)))
+        pool = delve.plain_pool(names, list(teachers), cfg.n_superblocks if own else 1)
+    K = len(cfg.streams) if hybrid else 1
+    dropping = hybrid and K > 1 and terms.stream_drop > 0
 
     def position_loss(head, f, frozen, x):
-        logits = models.head(cfg, head, f)
+        here = x.get("present")
+        logits = delve.head(cfg, head, f, here) if hybrid else models.head(cfg, head, f)
         nll = cross_entropy(logits, x["targets"])
         metrics = {"nll": nll}
-        loss = nll
-        if teachers:
-            outs = [
-                models.head(t, p, f_t)
-                for t, p, f_t in zip(teachers, frozen["heads"], x["teachers"], strict=True)
-            ]
-            pool = sum(w * out for w, out in zip(frozen["weights"], outs, strict=True))
-            metrics["kl"] = kl(lax.stop_gradient(pool), logits)
-            loss = (1 - kl_weight) * nll + kl_weight * metrics["kl"]
+        loss = frozen["ce"] * nll if frozen else nll
+        if cached:
+            metrics["kl"] = sampled_kl(logits, x["ids"], x["counts"], x["entropy"])
+            loss = loss + frozen["kl"] * metrics["kl"]
+        elif teachers:
+            outs = delve.stream_logits(pool, frozen["pool"], x["teachers"])
+            a_K = frozen["pool"]["pool"]["a"]
+            taught = sum(w * out for w, out in zip(a_K, outs, strict=True))
+            metrics["kl"] = kl(lax.stop_gradient(taught), logits)
+            loss = loss + frozen["kl"] * metrics["kl"]
+        if matched:
+            own = zip(outs, delve.stream_logits(cfg, head, f), strict=True)
+            each = jnp.stack([kl(lax.stop_gradient(t), s) for t, s in own], -1)  # [B, c, K]
+            share = jnp.ones_like(each) if here is None else here
+            metrics["stream_kl"] = (each * share).sum(-1) / jnp.maximum(share.sum(-1), 1)
+            loss = loss + frozen["streams"] * metrics["stream_kl"]
         if z_loss:
             loss = loss + z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2
         return loss, metrics
 
-    def loss(params, frozen, tokens_BT):
+    def loss(params, frozen, batch, step=0):
+        tokens_BT = tokens_of(batch)
         inputs, targets = tokens_BT[:, :-1], tokens_BT[:, 1:]
         seg = segments(inputs, eot)
-        f, _ = models.features(cfg, params, inputs, segments_BT=seg, how=how)
-        xs, fixed = {"targets": targets}, {}
-        if teachers:
-            xs["teachers"] = [
-                lax.stop_gradient(models.features(t, p, inputs, segments_BT=seg, how=reading)[0])
-                for t, p in zip(teachers, frozen["teachers"], strict=True)
-            ]
-            fixed = {
-                "weights": frozen["weights"],
-                "heads": [
-                    models.head_params(t, p)
-                    for t, p in zip(teachers, frozen["teachers"], strict=True)
-                ],
+        here = None
+        if terms.rank_drop < 1:
+            params = elastic.masked(cfg, params, drop_ranks(step, seed, terms.rank_drop))
+        if dropping:
+            here = drop_streams(draws(tokens_BT, step, seed), K, terms.stream_drop)
+        if trains != "all":
+            params = {
+                room: p if (room in JOINTS) == (trains == "joints") else lax.stop_gradient(p)
+                for room, p in params.items()
             }
+        way = None
+        if hybrid:
+            f, _, way = delve.traced(
+                cfg, params, inputs, segments_BT=seg, how=how, present_BTK=here, trace=hidden
+            )
+        else:
+            f, _ = models.features(cfg, params, inputs, segments_BT=seg, how=how)
+        xs, fixed = {"targets": targets}, {}
+        if here is not None:
+            xs["present"] = jnp.broadcast_to(here, (*inputs.shape, K))
+        if cached:
+            xs |= {name: batch[name] for name in ("ids", "counts", "entropy")}
+            fixed = {name: terms.at(name, step, steps) for name in ("ce", "kl")}
+        elif teachers:
+            dense = {"streams": dict(zip(pool.names, frozen["teachers"], strict=True)),
+                     "pool": {"a": frozen["weights"]}}  # fmt: skip
+            xs["teachers"], _, goal = lax.stop_gradient(
+                delve.traced(pool, dense, inputs, segments_BT=seg, how=reading, trace=hidden)
+            )
+            fixed = {name: terms.at(name, step, steps) for name in ("ce", "kl", "streams")}
+            fixed["pool"] = models.head_params(pool, dense)
         chunk = chunk_length(rows or inputs.shape[0], inputs.shape[1], cfg.vocab_size)
         head = models.head_params(cfg, params)
-        return over_chunks(position_loss, head, f, fixed, xs, chunk)
+        total, metrics = over_chunks(position_loss, head, f, fixed, xs, chunk)
+        if hidden and cfg.n_superblocks > 1:
+            metrics["hidden"] = hidden_match(way, goal, here)
+            total = total + terms.at("hidden", step, steps) * metrics["hidden"]
+        return total, metrics
 
     return loss
+
+
+def hidden_match(way: dict, goal: dict, present_BTK=None) -> jax.Array:
+    """Mean square of rms(h) - rms(goal) over channels, tokens, sync points and present streams."""
+    total = count = 0.0
+    for k, (h_SBTD, goal_SBTD) in enumerate((way[n], goal[n]) for n in way):
+        gap_SBT = (delve.rms(h_SBTD[:-1]) - delve.rms(goal_SBTD[:-1])) ** 2
+        gap_SBT = gap_SBT.mean(-1)
+        share = 1.0 if present_BTK is None else present_BTK[None, ..., k]
+        total = total + (gap_SBT * share).sum()
+        count = count + jnp.broadcast_to(share, gap_SBT.shape).sum()
+    return total / count

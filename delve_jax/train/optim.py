@@ -96,6 +96,21 @@ def adamw(schedule, weight_decay=0.1, clip=1.0, b2=0.95, eps=1e-8) -> optax.Grad
     )
 
 
+def scaled(rooms: dict[str, float], others: float = 1.0) -> optax.GradientTransformation:
+    """Updates times a number by the first word of their path; 0 leaves a part where it is, weight
+    decay included."""
+
+    def update(updates, state, params=None):
+        del params
+        by = {room: rooms.get(room, others) for room in updates}
+        return {
+            room: jax.tree.map(lambda u, room=room: u * by[room], tree)
+            for room, tree in updates.items()
+        }, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 # ---- AdamH ---------------------------------------------------------------------------------------
 
 

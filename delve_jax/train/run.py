@@ -1,12 +1,15 @@
 """Runs: what stands around the loop when a model is healed or trained from scratch.
 
-`Settings` are all the choices of a run. Healing objective: (1 - w) cross-entropy + w KL(log-linear
-pool of the dense parents || model).
+`Settings` are the choices of a run, `objective.Terms` what it is trained for, a `Stage` both of one
+part of it (hybrid.md §12).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +17,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from .. import fuse, models, parallel
 from ..config import Config, DelveError
 from ..models import Compute
-from . import objective, optim
+from . import cache, objective, optim
 from .loop import Saving, fit, init_state, make_step
+from .objective import Terms
 
 FIT_WINDOWS = 32
 LONGEST_WINDOW = 512  # tokens of a row unless asked for; the context where that is shorter
@@ -49,6 +54,8 @@ class Settings:
     remat: str = "auto"  # none, layer, dots; auto: layer for models above 1e8 parameters
     shard_sequence: bool = False  # T of the residual stream over the mesh's "model" axis
     across_documents: bool = False  # let documents in a row see each other
+    trains: str = "all"  # of a DELVE: or only "experts", or only "joints" (hub, gate, pool)
+    joints_lr: float = 1.0  # of a DELVE: times the rate, for hub, gate and pool
     seed: int = 0
     saving: Saving = Saving()
 
@@ -67,6 +74,7 @@ class Settings:
             ("--schedule", self.schedule, ("wsd", "cosine", "linear")),
             ("--compute", self.compute, ("float32", "bfloat16", "float64")),
             ("--remat", self.remat, ("auto", "none", "layer", "dots")),
+            ("--train", self.trains, ("all", "experts", "joints")),
         ):
             if value not in known:
                 raise DelveError(f"{flag} {value}: choose one of {', '.join(known)}")
@@ -88,6 +96,7 @@ class Settings:
             ("--b2", self.b2, _none_or(self.b2, 0, 1), "lie between 0 and 1"),
             ("--eps", self.eps, _none_or(self.eps, 0, math.inf), "be positive"),
             ("--clip", self.clip, _none_or(self.clip, 0, math.inf), "be positive"),
+            ("--joints-lr", self.joints_lr, 0 < self.joints_lr < math.inf, "be positive"),
             ("--warmup", self.warmup, share, f"lie in [0, 1], with --decay {self.decay} at most 1"),
             ("--save-every", self.saving.every, self.saving.every >= 1, "be at least 1"),
             ("--keep-every", keep, keep is None or keep >= 1, "be at least 1"),
@@ -135,8 +144,82 @@ class Settings:
         }
         schedule = shapes[self.schedule]
         if self.optimizer == "adamw":
-            return optim.adamw(schedule(self.peak), weight_decay=self.weight_decay, **given)
-        return optim.adamh(schedule(self.peak), schedule(self.adam_lr or self.peak / 10), **given)
+            out = optim.adamw(schedule(self.peak), weight_decay=self.weight_decay, **given)
+        else:
+            slow = schedule(self.adam_lr or self.peak / 10)
+            out = optim.adamh(schedule(self.peak), slow, **given)
+        joints = self.joints_lr if self.trains != "experts" else 0.0
+        experts = 0.0 if self.trains == "joints" else 1.0
+        if joints == experts == 1.0:
+            return out
+        return optax.chain(out, optim.scaled(dict.fromkeys(objective.JOINTS, joints), experts))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a healing run: its share of the tokens, what it trains and for what."""
+
+    name: str
+    share: float
+    terms: Terms = Terms()
+    trains: str = "all"
+    lr: float = 1.0  # times the run's
+    joints_lr: float = 1.0
+
+    def settings(self, whole: Settings) -> Settings:
+        """The run's settings for this stage."""
+        return dataclasses.replace(
+            whole, tokens=max(1, round(self.share * whole.tokens)), trains=self.trains,
+            joints_lr=self.joints_lr, lr=self.lr * whole.peak,
+            adam_lr=self.adam_lr_of(whole),
+        )  # fmt: skip
+
+    def adam_lr_of(self, whole: Settings) -> float | None:
+        return None if whole.adam_lr is None else self.lr * whole.adam_lr
+
+
+# each stream alone to its parent; hub, gate and pool alone; all (hybrid.md §12, 1b, 2a and 3)
+STAGES = (
+    Stage("alone", 0.2, Terms(ce=0.0, kl=0.0, streams=1.0, hidden=(1.0, 0.5)), "experts"),
+    Stage("couple", 0.1, Terms(ce=0.1, kl=0.9), "joints"),
+    Stage("joint", 0.7, Terms(ce=(0.1, 0.5), kl=(0.9, 0.5), streams=(0.3, 0.1), stream_drop=0.1),
+          joints_lr=5.0),
+)  # fmt: skip
+
+
+def read_stages(source: str) -> tuple[Stage, ...]:
+    """The stages of a JSON file: a list of objects with the fields of `Stage`, the terms' among
+    them; "hybrid" names STAGES. DelveError names the stage and the field."""
+    if source == "hybrid":
+        return STAGES
+    try:
+        rows = json.loads(Path(source).read_text())
+    except (OSError, json.JSONDecodeError) as err:
+        raise DelveError(f"--stages {source}: a JSON list of stages is expected ({err})") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows) or not rows:
+        raise DelveError(f"--stages {source}: a JSON list of stages is expected")
+    of_terms = {f.name for f in dataclasses.fields(Terms)}
+    of_stage = {f.name for f in dataclasses.fields(Stage)} - {"terms"}
+    out = []
+    for i, row in enumerate(rows):
+        where = f"--stages {source}: stage {i + 1}"
+        if unknown := sorted(set(row) - of_terms - of_stage):
+            raise DelveError(f"{where}: unknown field '{unknown[0]}'")
+        terms = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items() if k in of_terms}
+        stage = {"name": f"stage-{i + 1}"} | {k: v for k, v in row.items() if k in of_stage}
+        try:
+            out.append(Stage(terms=Terms(**terms).checked(), **stage))
+        except (TypeError, ValueError, DelveError) as err:
+            raise DelveError(f"{where}: {err}") from None
+        if not isinstance(out[-1].share, (int, float)) or not 0 < out[-1].share <= 1:
+            raise DelveError(f"{where}: field 'share' must lie in (0, 1]")
+    if not math.isclose(sum(s.share for s in out), 1, abs_tol=1e-6):
+        raise DelveError(f"--stages {source}: the shares must sum to 1")
+    if len({s.name for s in out}) < len(out) or not all(
+        re.fullmatch(r"[\w-]+", str(s.name)) for s in out
+    ):
+        raise DelveError(f"--stages {source}: names must differ and be plain words")
+    return tuple(out)
 
 
 def _none_or(value: float | None, low: float, high: float) -> bool:
@@ -157,11 +240,12 @@ def _train(cfg, params, loss, dataset, settings, mesh, T, workdir, frozen=(), de
     }  # fmt: skip
 
 
-def _loss(cfg, teachers, settings: Settings, mesh: Mesh, eot, kl_weight: float = 0.5):
+def _loss(cfg, teachers, settings, mesh, eot, terms: Terms = Terms(), cached=False):  # noqa: B008
     rows = settings.batch // settings.accumulate // parallel.row_groups(mesh)
     return objective.healing(
-        cfg, teachers, kl_weight, how=settings.how(cfg, mesh), z_loss=settings.z_loss, rows=rows,
-        eot=None if settings.across_documents else eot,
+        cfg, teachers, terms, how=settings.how(cfg, mesh), z_loss=settings.z_loss, rows=rows,
+        eot=None if settings.across_documents else eot, seed=settings.seed, trains=settings.trains,
+        steps=settings.steps(settings.row_length(cfg)), cached=cached,
     )  # fmt: skip
 
 
@@ -200,7 +284,8 @@ def step_of(cfg: Config, teachers: tuple, settings: Settings, mesh: Mesh):
     )  # fmt: skip
     loss = _loss(cfg, teachers, settings, mesh, eot=0)
     step = make_step(loss, optimizer, mesh, state, frozen, settings.accumulate)
-    return step, (parallel.abstract(mesh, state), parallel.abstract(mesh, frozen), tokens)
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    return step, (parallel.abstract(mesh, state), parallel.abstract(mesh, frozen), tokens, index)
 
 
 def heal(
@@ -213,16 +298,21 @@ def heal(
     mesh: Mesh,
     workdir: Path,
     eot: int | None = None,
-    kl_weight: float = 0.5,
+    terms: Terms = Terms(),  # noqa: B008  (frozen)
     weights: list[float] | None = None,
+    teacher_cache: Path | None = None,
 ) -> tuple[dict, dict]:
     """-> (healed parameters, report); an interrupted run resumes from `workdir`.
 
     make() -> float32 parameters on `mesh`, called unless there is a state to resume.
     open_data(T, batch, shard, shards) -> grain dataset. teachers: (config, params) each; weights:
     of their log-linear pool (None: fitted on the first windows, which can sharpen a lone teacher).
+    teacher_cache: folder of samples of what they say (`cache`), made before the first step; they
+    are then no part of the compiled step.
     """
-    settings = settings.checked(mesh)
+    settings, terms = settings.checked(mesh), terms.checked()
+    if settings.trains != "all" and cfg.family != "delve":
+        raise DelveError(f"--train {settings.trains}: only a DELVE has experts and joints")
     T = settings.row_length(cfg)
     frozen, report, configs = (), {"objective": "ce"}, ()
     if teachers:
@@ -236,10 +326,20 @@ def heal(
             "weights": jnp.asarray(weights, jnp.float32),
             "teachers": tuple(p for _, p in teachers),
         }
-        report = {"objective": "kl" if kl_weight == 1 else "ce+kl", "kl_weight": kl_weight,
+        report = {"objective": terms.name, "terms": dataclasses.asdict(terms),
                   "teacher_weights": list(weights), **how_fitted}  # fmt: skip
-    loss = _loss(cfg, configs, settings, mesh, eot, kl_weight)
-    dataset = open_data(T, settings.batch, *parallel.feed(mesh, settings.batch))
+    shard, shards = parallel.feed(mesh, settings.batch)
+    dataset = open_data(T, settings.batch, shard, shards)
+    cached = teacher_cache is not None and bool(teachers)
+    loss = _loss(cfg, configs, settings, mesh, eot, terms, cached)
+    if cached:
+        found = cache.make(
+            Path(teacher_cache) / f"{shard}-of-{shards}", dataset, settings.steps(T), configs,
+            frozen, eot=None if settings.across_documents else eot,
+            how=Compute(dtype=settings.compute), seed=settings.seed,
+        )  # fmt: skip
+        dataset, frozen = found.joined(dataset), ()
+        report |= {"teacher_samples": cache.SAMPLES}
     params, facts = _train(
         cfg, (shapes_of(cfg, settings), lambda: _cast(make(), settings)), loss, dataset, settings,
         mesh, T, workdir, frozen, "heal",
@@ -253,8 +353,8 @@ def _teacher_weights(configs, teachers, open_data, T) -> tuple[list[float], dict
         # the fit reads features on one host; over several the pool is even
         return [1 / len(configs)] * len(configs), {"teacher_weights_from": "equal"}
     windows = np.asarray(open_data(T, FIT_WINDOWS, 0, 1)[0])
-    weights, fitted = fuse.fit_weights(list(configs), [p for _, p in teachers], windows)
-    return weights.tolist(), {"teacher_weights_from": "fit", "teacher_nll_fit": fitted["nll"]}
+    _, fitted = fuse.fit_weights(list(configs), [p for _, p in teachers], windows)
+    return fitted["weights"], {"teacher_weights_from": "fit", "teacher_nll_fit": fitted["nll"]}
 
 
 def pretrain(

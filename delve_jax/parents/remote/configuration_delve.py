@@ -11,7 +11,8 @@ RECURRENT, ATTENTION = "linear_attention", "full_attention"
 
 
 class DelveConfig(PretrainedConfig):
-    """J = `latents`: 1 pools log-linearly (plain logits), K is a mixture (log-probabilities).
+    """J = `latents`: 1 pools log-linearly (plain logits), K is a mixture (log-probabilities),
+    in between a mixture of J log-linear pools. `connectors`: what a stream hears at the hub.
 
     `layer_types` is flat: one entry per expert block, stream after stream, which is what
     `transformers.DynamicCache` reads: Mamba and RWKV blocks keep a state, NeoX keys and values.
@@ -24,6 +25,7 @@ class DelveConfig(PretrainedConfig):
         streams=None,
         n_superblocks=1,
         latents=1,
+        connectors="hub",
         hub_rank=8,
         gate_proj=32,
         gate_hidden=64,
@@ -38,6 +40,7 @@ class DelveConfig(PretrainedConfig):
         self.streams = [dict(stream) for stream in streams or []]
         self.n_superblocks = n_superblocks
         self.latents = latents
+        self.connectors = connectors
         self.hub_rank = hub_rank
         self.gate_proj = gate_proj
         self.gate_hidden = gate_hidden
@@ -46,8 +49,10 @@ class DelveConfig(PretrainedConfig):
         self.teachers = list(teachers)
         self.initializer_range = initializer_range
         self.use_cache = use_cache
-        if latents not in (1, len(self.streams)) and self.streams:
-            raise ValueError(f"latents={latents} must be 1 or the number of streams")
+        if self.streams and not 1 <= latents <= len(self.streams):
+            raise ValueError(f"latents={latents} must lie between 1 and the number of streams")
+        if connectors not in ("hub", "cross", "self", "none"):
+            raise ValueError(f"connectors={connectors!r} is unknown")
         sizes = {stream["vocab_size"] for stream in self.streams}
         self.vocab_size = max(sizes, default=0) if vocab_size is None else vocab_size
         if sizes - {self.vocab_size}:

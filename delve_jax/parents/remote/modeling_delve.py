@@ -445,11 +445,11 @@ class Hub(nn.Module):
 class Gate(nn.Module):
     """delta_BTK of the token gate: w2(silu(w1(concat_k p_k(rms(f_k)))))."""
 
-    def __init__(self, widths, proj, hidden):
+    def __init__(self, widths, proj, hidden, outputs):
         super().__init__()
         self.p = nn.ModuleList(nn.Linear(d, proj, bias=False) for d in widths)
         self.w1 = nn.Linear(proj * len(widths), hidden, bias=False)
-        self.w2 = nn.Linear(hidden, len(widths), bias=False)
+        self.w2 = nn.Linear(hidden, outputs, bias=False)
 
     def forward(self, features):
         dtype = self.w1.weight.dtype
@@ -479,7 +479,7 @@ class DelvePreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = False
     _supports_sdpa = True
     _no_split_modules = ["MambaBlock", "RwkvBlock", "NeoxBlock"]
-    _keep_in_fp32_modules_strict = ["A_log", r"\.D$", "time_decay", "time_first", "pool$"]
+    _keep_in_fp32_modules_strict = ["A_log", r"\.D$", "time_decay", "time_first", "pool"]
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -509,12 +509,14 @@ class DelvePreTrainedModel(PreTrainedModel):
             init.zeros_(module.w2.weight)
         elif isinstance(module, DelveForCausalLM):
             # J = 1: weights that sum to one; J = K: log-weights, equal
-            j = self.config.latents
-            init.constant_(module.pool, 1 / len(module.streams) if j == 1 else 0.0)
+            mixture = 1 < self.config.latents == len(module.streams)
+            init.constant_(module.pool, 0.0 if mixture else 1 / len(module.streams))
+            if module.pools_mixed():
+                init.zeros_(module.pool_log_pi)
 
 
 class DelveForCausalLM(DelvePreTrainedModel, GenerationMixin):
-    """The model; `logits` are ordinary logits (J = 1) or log-probabilities (J = K)."""
+    """The model; `logits` are ordinary logits (J = 1) or log-probabilities (J > 1)."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -531,16 +533,26 @@ class DelveForCausalLM(DelvePreTrainedModel, GenerationMixin):
                 self.codes["embed"] = nn.Embedding(v, rank["embed"])
             if "head" in shared:
                 self.codes["head"] = nn.Linear(rank["head"], v, bias=False)
-        self.pool = nn.Parameter(torch.zeros(len(streams)))
-        if config.n_superblocks > 1:
+        # J = 1: weights [K]; J = K: log-weights [K]; between: weights [J, K], log-weights [J]
+        if self.pools_mixed():
+            self.pool = nn.Parameter(torch.zeros(config.latents, len(streams)))
+            self.pool_log_pi = nn.Parameter(torch.zeros(config.latents))
+        else:
+            self.pool = nn.Parameter(torch.zeros(len(streams)))
+        if config.n_superblocks > 1 and config.connectors != "none":
             joints = config.n_superblocks - 1
             self.hub = nn.ModuleList(Hub(joints, d, config.hub_rank) for d in widths)
         if config.gate_proj:
-            self.gate = Gate(widths, config.gate_proj, config.gate_hidden)
+            outputs = len(streams) + (config.latents if self.pools_mixed() else 0)
+            self.gate = Gate(widths, config.gate_proj, config.gate_hidden, outputs)
         self.attention_index = next(
             (i for i, kind in enumerate(config.layer_types) if kind == ATTENTION), None
         )
         self.post_init()
+
+    def pools_mixed(self):
+        """Whether the head is a mixture of log-linear pools."""
+        return 1 < self.config.latents < len(self.config.streams)
 
     def get_input_embeddings(self):
         """The table that the streams share, or the first stream's where each has its own."""
@@ -607,38 +619,50 @@ class DelveForCausalLM(DelvePreTrainedModel, GenerationMixin):
         h = [expert.start(input_ids, codes) for expert in self.streams]
         bounds = [self.config.boundaries(k) for k in range(len(h))]
         for s in range(self.config.n_superblocks):
-            if s > 0:
-                z = sum(hub.read(x, s - 1) for hub, x in zip(self.hub, h, strict=True))
-                h = [x + hub.write(z, s - 1) for hub, x in zip(self.hub, h, strict=True)]
+            if s > 0 and self.config.connectors != "none":
+                said = [hub.read(x, s - 1) for hub, x in zip(self.hub, h, strict=True)]
+                heard = self.heard(said)
+                h = [x + hub.write(z, s - 1) for hub, x, z in zip(self.hub, h, heard, strict=True)]
             for k, expert in enumerate(self.streams):
                 for block in expert.layers[bounds[k][s] : bounds[k][s + 1]]:
                     h[k] = block(h[k], steps[k])
         return [expert.norm_f(x) for expert, x in zip(self.streams, h, strict=True)]
 
+    def heard(self, said):
+        """What each stream hears at a hub, of what all of them said."""
+        if self.config.connectors == "self":
+            return said
+        total = sum(said)
+        return [total - z if self.config.connectors == "cross" else total for z in said]
+
     def pooled(self, features):
-        """Pooled logits, or log p for J = K, of features [.., D_k]; one [.., V] table at a time."""
-        weight = self.pool.float()
-        delta = self.gate(features) if self.config.gate_proj else torch.zeros_like(weight)
-        if self.config.latents == 1:
-            weight = weight * torch.exp(2 * torch.tanh(delta / 2))
-        else:
-            weight = torch.log_softmax(weight + delta, -1)
+        """Pooled logits, or log p for J > 1, of features [.., D_k]; one [.., V] table at a time."""
+        n, latents = len(self.streams), self.config.latents
         head = self.codes["head"] if "head" in self.config.codes else None
-        if head is not None and self.config.latents == 1:  # one product with the long side
-            z = sum(
-                weight[..., k, None] * expert.head(f).float()
-                for k, (expert, f) in enumerate(zip(self.streams, features, strict=True))
-            )
-            return head(z.to(head.weight.dtype)).float()
-        out = None
-        for k, (expert, f) in enumerate(zip(self.streams, features, strict=True)):
-            logits, w = expert.logits(f, head), weight[..., k, None]
-            if self.config.latents == 1:
-                out = w * logits if out is None else out + w * logits
-            else:
-                log_p = w + torch.log_softmax(logits, -1)
+        delta = self.gate(features) if self.config.gate_proj else features[0].new_zeros(n + latents)
+        delta, weight = delta.float(), self.pool.float()
+        if 1 < latents == n:
+            log_w = torch.log_softmax(weight + delta[..., :n], -1)
+            out = None
+            for k, (expert, f) in enumerate(zip(self.streams, features, strict=True)):
+                log_p = log_w[..., k, None] + torch.log_softmax(expert.logits(f, head), -1)
                 out = log_p if out is None else torch.logaddexp(out, log_p)
-        return out
+            return out
+        weight = weight.view(-1, n) * torch.exp(2 * torch.tanh(delta[..., None, :n] / 2))
+        own = [
+            expert.head(f).float() if head is not None else expert.logits(f)
+            for expert, f in zip(self.streams, features, strict=True)
+        ]
+        parts = [
+            sum(weight[..., j, k, None] * x for k, x in enumerate(own)) for j in range(latents)
+        ]
+        if head is not None:  # codes were pooled: one product with the long side a latent
+            parts = [head(z.to(head.weight.dtype)).float() for z in parts]
+        if latents == 1:
+            return parts[0]
+        log_pi = torch.log_softmax(self.pool_log_pi.float() + delta[..., n:], -1)
+        terms = [log_pi[..., j, None] + torch.log_softmax(x, -1) for j, x in enumerate(parts)]
+        return torch.logsumexp(torch.stack(terms), 0)
 
     @can_return_tuple
     def forward(

@@ -1,0 +1,232 @@
+"""The verbs that train: heal and train. Each leaves a checkpoint directory, resumed when repeated.
+
+What stands in DST.partial and when a call is done already: see `road`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import checkpoint, data, parallel, parents
+from .config import Config, DelveError, read_json, to_json
+from .look import info
+from .road import already, begin, partial_of, teacher_of
+from .train import run
+from .train.objective import Terms
+from .train.run import Settings
+
+
+def heal(
+    src,
+    dst,
+    settings: Settings,
+    *,
+    text: Sequence[str] = (),
+    documents: Sequence[str] | None = None,
+    teachers: Sequence[str] | None = None,
+    terms: Terms = Terms(),  # noqa: B008  (frozen)
+    stages: str | None = None,
+    teacher_cache: str | None = None,
+    mesh: str | None = None,
+    distributed: str | None = None,
+    overwrite: bool = False,
+):
+    """Train a compressed or fused checkpoint on text, against its dense parents.
+
+    text: files or token folders, each optionally PATH=WEIGHT; or `documents` themselves. teachers:
+    default the sources recorded in the config, in the order of the streams; one that is missing is
+    a DelveError (terms of cross-entropy alone need none). stages: "hybrid" or a JSON file
+    (`run.read_stages`), in the place of `terms`. teacher_cache: folder of samples of what the
+    teachers' pool says, made before training (`train.cache`). Leaves metrics.jsonl; a repeated
+    call resumes.
+    """
+    if stages and teacher_cache:
+        raise DelveError("--teacher-cache: for one objective, not for --stages")
+    parts = run.read_stages(stages) if stages else (run.Stage("heal", 1.0, terms.checked()),)
+    parallel.start(distributed)
+    command = {"verb": "heal", "src": src, "text": list(map(str, text)),
+               "data_hash": data.data_hash(documents) if documents else None,
+               "teachers": teachers and list(map(str, teachers)),
+               "stages": list(map(dataclasses.asdict, parts)), **_what(settings)}  # fmt: skip
+    on = parallel.make_mesh(mesh)
+    settings.checked(on)
+    if begin(dst, command, overwrite):
+        return already(dst)
+    cfg, tokenizer = parents.peek(src)
+    tok = data.load_tokenizer(tokenizer, cfg.vocab_size)
+    loaded = []
+    if any(part.terms.name != "ce" for part in parts):
+        if teachers is None:
+            teachers = cfg.teachers if cfg.family == "delve" else [teacher_of(str(src))]
+        for teacher in teachers:
+            try:
+                t_cfg, t_params, _ = parents.load(teacher, dtype="float32", mesh=on)
+            except DelveError as err:
+                raise DelveError(
+                    f"teacher {err}; name it with --teachers, or --objective ce"
+                ) from None
+            loaded.append((t_cfg, t_params))
+    cfg = dataclasses.replace(cfg, dtype=settings.master)
+    opener = _opener(text, documents, tokenizer, cfg.vocab_size, settings.seed)
+    how = {"mesh": on, "eot": data.eot_of(tok), "tokenizer": tokenizer, "teachers": loaded,
+           "teacher_cache": teacher_cache}  # fmt: skip
+    if not stages:
+        params, report = _stage(
+            src,
+            cfg,
+            parts[0],
+            settings,
+            opener,
+            partial_of(dst),
+            teacher_cache=teacher_cache,
+            **how,
+        )
+        return _finish(dst, cfg, params, tokenizer, overwrite, "heal", report)
+    report, used, weights = {"stages": {}}, 0, None
+    for number, part in enumerate(parts):
+        own = part.settings(settings)
+        place = partial_of(dst) / "stages" / f"{number + 1}-{part.name}"
+        if not place.exists():  # else it is done
+            params, facts = _stage(
+                src, cfg, part, own, opener, partial_of(place), skip=used, weights=weights, **how
+            )
+            checkpoint.save(place, cfg, params, tokenizer, extra={"heal.json": facts},
+                            served=("state",))  # fmt: skip
+        report["stages"][part.name] = facts = read_json(place / "heal.json")
+        weights = facts.get("teacher_weights", weights)  # fitted once: one pool teaches all stages
+        used += facts["steps"]
+        src = place
+    params = parents.load(src, dtype=None, mesh=on)[1]
+    report |= {k: sum(s[k] for s in report["stages"].values()) for k in ("steps", "tokens")}
+    parallel.on_main(_join_metrics, partial_of(dst), report["stages"])
+    return _finish(dst, cfg, params, tokenizer, overwrite, "heal", report)
+
+
+def _stage(
+    src, cfg, part: run.Stage, settings, opener, workdir, *, mesh, eot, tokenizer, teachers,
+    teacher_cache, skip: int = 0, weights=None,
+):  # fmt: skip
+    """One stage of healing from its source -> (params, report); skip: batches used before it."""
+
+    def rest(T, batch, shard, shards):
+        dataset = opener(T, batch, shard, shards)
+        return dataset[skip:] if skip else dataset
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoint.describe_run(workdir, cfg, tokenizer)
+    needed = teachers if part.terms.name != "ce" else []
+    return run.heal(
+        cfg, lambda: parents.load(src, dtype="float32", mesh=mesh)[1], rest, needed, settings,
+        mesh=mesh, workdir=workdir, eot=eot, terms=part.terms, weights=weights if needed else None,
+        teacher_cache=teacher_cache,
+    )  # fmt: skip
+
+
+def _join_metrics(partial: Path, stages: dict) -> None:
+    """One metrics.jsonl of all stages, steps and tokens counted through."""
+    lines, steps, tokens = [], 0, 0
+    for number, (name, facts) in enumerate(stages.items()):
+        file = partial / "stages" / f"{number + 1}-{name}" / "metrics.jsonl"
+        for line in file.read_text().splitlines():
+            row = json.loads(line)
+            row["step"] += steps
+            row["tokens"] += tokens
+            lines.append(json.dumps(row | {"stage": name}))
+        steps, tokens = steps + facts["steps"], tokens + facts["tokens"]
+    (partial / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def train(
+    preset: str | Config,
+    dst,
+    settings: Settings,
+    *,
+    text: Sequence[str],
+    tokenizer: str | None = None,
+    mesh: str | None = None,
+    distributed: str | None = None,
+    overwrite: bool = False,
+):
+    """Train a preset of any family, or a configuration, from random weights.
+
+    text: files or token folders, each optionally PATH=WEIGHT. tokenizer: a tokenizer.json or any
+    source that has one; default that of the first token folder. DelveError: it has more ids than
+    the preset.
+    """
+    from . import presets
+
+    parallel.start(distributed)
+    named = isinstance(preset, str)
+    cfg = presets.preset(preset) if named else preset
+    command = {"verb": "train", "preset": preset if named else to_json(cfg),
+               "text": list(map(str, text)),
+               "tokenizer": tokenizer, **_what(settings)}  # fmt: skip
+    on = parallel.make_mesh(mesh)
+    settings.checked(on)
+    cfg = dataclasses.replace(cfg, dtype=settings.master)
+    tokenizer_json = _tokenizer_for(cfg, tokenizer, text)
+    if begin(dst, command, overwrite):
+        return already(dst)
+    tok = data.load_tokenizer(tokenizer_json, cfg.vocab_size)
+    checkpoint.describe_run(partial_of(dst), cfg, tokenizer_json)
+    params, report = run.pretrain(
+        cfg, _opener(text, None, tokenizer_json, cfg.vocab_size, settings.seed), settings, mesh=on,
+        workdir=partial_of(dst), eot=data.eot_of(tok),
+    )  # fmt: skip
+    return _finish(dst, cfg, params, tokenizer_json, overwrite, "train", report)
+
+
+def _what(settings: Settings) -> dict:
+    """What of the settings decides the result: how often states are saved does not."""
+    what = dataclasses.asdict(settings)
+    del what["saving"]
+    return what
+
+
+def _tokenizer_for(cfg: Config, tokenizer: str | None, text: Sequence[str]) -> str | None:
+    """tokenizer.json of a run as text; None is raw bytes."""
+    path = Path(tokenizer or ".")
+    if tokenizer is None:
+        named = [Path(str(t).rpartition("=")[0] or t) for t in text]
+        inside = [p for f in named for p in (f, *sorted(f.glob("*")))]  # a mixture's parts too
+        folders = [p for p in inside if (p / "manifest.json").is_file()]
+        found = data.open_tokens(folders[0]).tokenizer_json if folders else None
+    elif path.suffix == ".json" or (path / "tokenizer.json").is_file():
+        found = data.read_tokenizer(tokenizer)
+    else:
+        found = parents.peek(tokenizer)[1]
+    if found is None and cfg.vocab_size != 256:
+        raise DelveError(
+            "--tokenizer: name a tokenizer.json, or a source that has one (a vocabulary of "
+            f"{cfg.vocab_size:,} is not raw bytes)"
+        )
+    size = data.load_tokenizer(found, cfg.vocab_size).get_vocab_size(with_added_tokens=True)
+    if size > cfg.vocab_size:
+        raise DelveError(
+            f"--tokenizer {tokenizer}: has {size:,} ids, the preset's vocabulary is "
+            f"{cfg.vocab_size:,}; choose another of the two"
+        )
+    return found
+
+
+def _opener(text, documents, tokenizer_json, vocab_size: int, seed: int):
+    """open_data(T, batch, shard, shards) of a run; text files are tokenised at each call."""
+    if documents is None:
+        return lambda T, batch, shard, shards: data.training_set(
+            text, tokenizer_json, vocab_size, T + 1, batch, seed, shard, shards
+        )[0]
+    ids = data.encode_documents(data.load_tokenizer(tokenizer_json, vocab_size), documents)
+    return lambda T, batch, shard, shards: data.batches(
+        data.windows(ids, T + 1, T), batch, seed, shard, shards
+    )
+
+
+def _finish(dst, cfg, params, tokenizer, overwrite, verb: str, report: dict) -> dict:
+    checkpoint.save(dst, cfg, params, tokenizer, overwrite, {f"{verb}.json": report})
+    for name in ("state", "stages"):  # which serve resuming only
+        parallel.on_main(shutil.rmtree, Path(dst) / name, True)
+    return {"path": str(dst), **parallel.on_main(info, dst), verb: report}

@@ -1,0 +1,290 @@
+"""The bench of the hybrid studies: parents, text, cells that are made once, scores, intervals.
+
+Not a study itself: hybrid_diversity.py, hybrid_parts.py and hybrid_curve.py are. A cell is one
+model that was made and healed; its row (nats of every scored sequence) stands in the results and
+its checkpoint in out/hybrid, so that a repeated command goes on. Text, all from ../shared by
+document hash: calibrate (compression, pool weights), train (healing), choose (what is decided),
+report (what is shown). All models are counted whole: tables, hub, gate and pool included.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from delve_jax import (
+    checkpoint,
+    compress,
+    data,
+    evaluate,
+    fuse,
+    metrics,
+    models,
+    parallel,
+    parents,
+    road,
+    upcycle,
+)
+from delve_jax.compress import joint
+from delve_jax.compress.spectra import InMemory
+from delve_jax.models import delve
+from delve_jax.train import run
+from delve_jax.train.objective import Terms
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "experiments" / "results"
+WORK = ROOT / "out" / "hybrid"
+TEXT = ROOT.parent / "shared" / "data" / "text"
+NAMES = ("incite", "mamba", "neox", "rwkv")
+SEEDS = (0, 1, 2)
+LARGEST = 1_578_112  # parameters of the largest parent (neox): N is a multiple of it
+CALIBRATE, HEAL = 32_768, 204_800  # tokens
+WINDOW, SEQUENCES, BATCH, LR = 256, 128, 8, 2e-3
+TRAIN_BYTES = 6_000_000
+RESAMPLES = 10_000
+
+
+@functools.cache
+def documents(split):
+    """The documents of a split; of the train split as many as healing can read."""
+    some = data.split(data.shared_documents(TEXT), split)
+    return upcycle.cut_documents(some, TRAIN_BYTES) if split == "train" else some
+
+
+@functools.cache
+def dense(name):
+    """(config, parameters, tokenizer) of a proxy, float32."""
+    cfg, params, tokenizer = parents.load(upcycle.PROXIES / name, dtype="float32")
+    return dataclasses.replace(cfg, dtype="float32"), params, tokenizer
+
+
+@functools.cache
+def tokenizer():
+    return data.load_tokenizer(dense("rwkv")[2], dense("rwkv")[0].vocab_size)
+
+
+@functools.cache
+def ids(split):
+    return data.encode_documents(tokenizer(), documents(split))
+
+
+@functools.cache
+def sequences(split):
+    """The fixed windows [SEQUENCES, WINDOW + 1] of a split that are scored."""
+    rows = data.windows(ids(split), WINDOW + 1)
+    return rows[np.sort(np.random.default_rng(0).permutation(len(rows))[:SEQUENCES])]
+
+
+@functools.cache
+def calibration(seed):
+    cfg, _, text = dense("rwkv")
+    return road.calibration_windows(cfg, text, documents("calibrate"), CALIBRATE, seed)
+
+
+@functools.cache
+def healing_rows():
+    """All rows [N, WINDOW + 1] that healing draws from."""
+    return data.windows(ids("train"), WINDOW + 1, WINDOW)
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+
+def together(budget, seed, names=NAMES):
+    """Parents compressed within one budget, tables in common -> [(name, config, parameters)]."""
+    place = WORK / "together" / f"{budget}-s{seed}-{'+'.join(names)}"
+    if not place.exists():
+        parts = [joint.Part(name, _source(name), calibration(seed)) for name in names]
+        work = WORK / "spectra" / f"s{seed}"
+        out = joint.compress(parts, budget, work, seed=seed)
+        made = [(n, dataclasses.replace(c, dtype="float32"), p) for n, c, p in out.parents]
+        cfg, params, _ = fuse.fuse(made, shared=True, connectors="none")
+        checkpoint.save(place, cfg, params, dense(names[0])[2], extra={"joint.json": out.report})
+    cfg, params = checkpoint.restore(place)
+    streams = delve.whole(cfg, params)
+    return [(name, sub, streams[name]) for name, sub in cfg.streams]
+
+
+def _source(name):
+    cfg, params, _ = dense(name)
+    return InMemory(*compress.compress(cfg, params, None, keep=1.0, method="svd")[:2])
+
+
+def hybrid(N, seed, names=NAMES, connectors="hub", latents=1, gate=True, hub_rank=None, warm=False):
+    """A DELVE of N parameters at step 0 -> (config, parameters, report)."""
+    as_if = fuse.joint_config([(n, dense(n)[0]) for n in names], latents, hub_rank)
+    budget = N - fuse.joints_count(as_if)  # the same streams whatever joins them
+    made = together(budget, seed, names)
+    half = calibration(seed)[: len(calibration(seed)) // 2]
+    cfg, params, report = fuse.fuse(
+        made, half, latents=latents, shared=True, connectors=connectors, hub_rank=hub_rank,
+        seed=seed,
+    )  # fmt: skip
+    if not gate:
+        cfg = dataclasses.replace(cfg, gate_proj=0, gate_hidden=0)
+        params = {k: v for k, v in params.items() if k != "gate"}
+    if warm:
+        whole = [dense(n)[:2] for n in cfg.names]
+        params, report["warm_hub"] = fuse.warm_hub(cfg, params, whole, calibration(seed))
+    return cfg, params, report
+
+
+def single(name, N, seed):
+    """One parent compressed to N parameters; itself where it is smaller."""
+    cfg, params, _ = dense(name)
+    place = WORK / "single" / f"{name}-{N}-s{seed}"
+    if N >= models.count(dataclasses.replace(cfg, vocab_rows=cfg.vocab_size)):
+        return compress.compress(cfg, params, None, keep=1.0, method="svd")[:2]
+    if not place.exists():
+        out, made, _ = compress.compress(
+            cfg, params, calibration(seed), budget=N, seed=seed, progress=False
+        )
+        checkpoint.save(place, out, made, dense(name)[2])
+    return checkpoint.restore(place)
+
+
+# ---- healing and scoring -------------------------------------------------------------------------
+
+
+def healed(key, cfg, params, seed, names=NAMES, tokens=HEAL, terms=Terms(), stages=None, **how):  # noqa: B008
+    """The model after healing, made once: out/hybrid/healed/KEY.
+
+    Teachers: dense parents `names`, their pool's weights fitted on calibration tokens. how: further
+    fields of `run.Settings`.
+    """
+    place = WORK / "healed" / key
+    if place.exists():
+        return checkpoint.restore(place)
+    settings = run.Settings(
+        **{"tokens": tokens, "batch": BATCH, "lr": LR, "window": WINDOW, "seed": seed} | how
+    )
+    teachers = [dense(n)[:2] for n in names]
+    weights = teacher_weights(seed, names)
+    plan = run.STAGES if stages == "hybrid" else stages or (run.Stage("heal", 1.0, terms),)
+    used = 0
+    for part in plan:
+        own = part.settings(settings) if len(plan) > 1 else settings
+
+        def open_data(T, batch, shard, shards, skip=used):
+            rows = data.batches(healing_rows(), batch, seed, shard, shards)
+            return rows[skip:] if skip else rows
+
+        work = place.with_name(f"{place.name}.{part.name}.partial")
+        params, facts = run.heal(
+            cfg, lambda p=params: jax.tree.map(jax.numpy.copy, p), open_data, teachers, own,
+            mesh=parallel.make_mesh(None), workdir=work, eot=data.eot_of(tokenizer()),
+            terms=part.terms, weights=weights,
+        )  # fmt: skip
+        used += facts["steps"]
+        shutil.rmtree(work)
+    checkpoint.save(place, cfg, params, dense(names[0])[2])
+    return cfg, params
+
+
+@functools.cache
+def teacher_weights(seed, names=NAMES):
+    """Of the dense parents' pool, fitted on half of the calibration tokens."""
+    rows = calibration(seed)[: len(calibration(seed)) // 2]
+    _, report = fuse.fit_weights([dense(n)[0] for n in names], [dense(n)[1] for n in names], rows)
+    return report["weights"]
+
+
+def nats(cfg, params, split):
+    """Nats a token of every scored sequence, [SEQUENCES] float64."""
+    score, rows, out = evaluate.as_scorer(evaluate.Model(cfg, params)).score, sequences(split), []
+    for i in range(0, len(rows), BATCH):
+        nll_BT, _ = score(rows[i : i + BATCH, :-1], rows[i : i + BATCH, 1:])
+        out.append(np.asarray(nll_BT, np.float64).mean(1))
+    return np.concatenate(out)
+
+
+def scored(cfg, params, **more):
+    """The fields of a row: both splits, parameters, bytes."""
+    row = {"parameters": models.count(cfg), "bytes": evaluate.parameter_bytes(cfg)} | more
+    for split in ("choose", "report"):
+        each = nats(cfg, params, split)
+        row |= {split: float(each.mean()), f"{split}_each": [round(float(x), 5) for x in each]}
+    return row
+
+
+# ---- results -------------------------------------------------------------------------------------
+
+
+class Results:
+    """Rows of one study, saved one by one; a row that is there is not made again."""
+
+    def __init__(self, name, command, **facts):
+        self.path = RESULTS / f"{name}.json"
+        self.rows = json.loads(self.path.read_text())["rows"] if self.path.exists() else []
+        self.facts = {
+            "command": command, "seeds": SEEDS, "healing_tokens": HEAL, "lr": LR,
+            "calibration_tokens": CALIBRATE, "scored_tokens": SEQUENCES * WINDOW, **facts,
+        }  # fmt: skip
+
+    def row(self, cell, seed, make):
+        """The row of a cell and seed; make() -> its fields where it is not there yet."""
+        for row in self.rows:
+            if (row["cell"], row["seed"]) == (cell, seed):
+                return row
+        row = {"cell": cell, "seed": seed, **make(), "code": code_hash()}
+        self.rows.append(row)
+        self.save()
+        print(json.dumps({k: v for k, v in row.items() if not k.endswith("_each")}), flush=True)
+        return row
+
+    def save(self, **facts):
+        """Write everything, one line a row."""
+        self.facts |= facts
+        head = self.facts | {
+            "versions": metrics.versions(),
+            "data_hash": {s: data.data_hash(documents(s))
+                          for s in ("calibrate", "train", "choose", "report")},
+        }  # fmt: skip
+        rows = ",\n".join(
+            json.dumps(r) for r in sorted(self.rows, key=lambda r: (r["cell"], r["seed"]))
+        )
+        half = self.path.with_suffix(".writing")
+        half.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
+        half.replace(self.path)
+
+    def cell(self, cell, split="report"):
+        """{seed: nats of every sequence} of a cell."""
+        return {r["seed"]: np.array(r[f"{split}_each"]) for r in self.rows if r["cell"] == cell}
+
+    def difference(self, one, other, split="report"):
+        """Mean of one - other, nats a token, over their common seeds, with a 95 % interval.
+
+        Paired bootstrap over sequences and, at once, over seeds: with three of them the interval
+        says how it would look with other draws of these.
+        """
+        a, b = self.cell(one, split), self.cell(other, split)
+        seeds = sorted(a.keys() & b.keys())
+        if not seeds:
+            return None
+        gap_SN = np.stack([a[s] - b[s] for s in seeds])
+        rng = np.random.default_rng(0)
+        drawn_S = rng.integers(0, len(seeds), (RESAMPLES, len(seeds)))
+        share_SR = np.stack([np.bincount(d, minlength=len(seeds)) for d in drawn_S]) / len(seeds)
+        drawn_N = rng.integers(0, gap_SN.shape[1], (RESAMPLES, gap_SN.shape[1]))
+        each_SR = np.stack([gap_SN[:, d].mean(1) for d in drawn_N])  # [RESAMPLES, S]
+        means = (each_SR * share_SR).sum(1)
+        low, high = np.percentile(means, (2.5, 97.5))
+        return {"mean": float(gap_SN.mean()), "low": float(low), "high": float(high),
+                "by_seed": [float(x) for x in gap_SN.mean(1)], "seeds": seeds}  # fmt: skip
+
+
+def code_hash():
+    """Of the code that decides a row."""
+    files = sorted(
+        p
+        for room in ("compress", "models", "train")
+        for p in (ROOT / "delve_jax" / room).glob("*.py")
+    )
+    return hashlib.sha256(
+        b"".join(p.read_bytes() for p in [*files, ROOT / "delve_jax/fuse.py"])
+    ).hexdigest()[:12]

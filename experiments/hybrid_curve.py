@@ -1,0 +1,132 @@
+"""The whole curve: DELVE against what else the same parameters and the same tokens could be.
+
+Command: python experiments/hybrid_curve.py [--sizes X ...] [--seeds N ...]; repeat it to go on.
+At N = X times the largest parent: DELVE; each single parent compressed to N (itself, dense, where N
+is more than it has) and healed with the same tokens and the same teacher pool; the ensemble of the
+four parents at the same keep ratio, each healed alone on the same tokens, pooled with weights
+fitted afterwards; a Qwen3 of size N by the Delphi recipe from scratch on the same tokens. Choices
+that could favour DELVE: none was tuned here; the rate is that of the quickstart for all but the
+model from scratch, which takes the recipe's. Nats a token on the report split, three seeds.
+Cost: about 25 minutes of a core a size and seed.
+Result: experiments/results/hybrid_curve.json and README, the losing region included.
+"""
+
+import argparse
+import dataclasses
+import sys
+
+import hybrid
+
+from delve_jax import data, fuse, models, parallel, presets
+from delve_jax.config import DelveError
+from delve_jax.delphi import recipe
+from delve_jax.train import run
+
+SIZES = (0.5, 1.0, 1.25)
+
+
+def of_delve(N, seed, **_):
+    cfg, params, _ = hybrid.hybrid(N, seed)
+    before = float(hybrid.nats(cfg, params, "report").mean())
+    cfg, params = hybrid.healed(f"curve-delve-{N}-s{seed}", cfg, params, seed)
+    return hybrid.scored(cfg, params, step_0=before)
+
+
+def of_single(N, seed, name):
+    cfg, params = hybrid.single(name, N, seed)
+    before = float(hybrid.nats(cfg, params, "report").mean())
+    cfg, params = hybrid.healed(f"curve-{name}-{N}-s{seed}", cfg, params, seed)
+    return hybrid.scored(cfg, params, step_0=before)
+
+
+def of_ensemble(N, seed, **_):
+    """Four parents at one keep ratio that sum to N, each healed against its own dense parent and
+    the pool alike (the teacher of all), pooled afterwards on calibration tokens."""
+    total = sum(models.count(hybrid._source(n).cfg) for n in hybrid.NAMES)
+    made = []
+    for name in hybrid.NAMES:
+        own = int(models.count(hybrid._source(name).cfg) / total * (N - len(hybrid.NAMES)))
+        cfg, params = hybrid.single(name, own, seed)
+        cfg, params = hybrid.healed(f"curve-part-{name}-{N}-s{seed}", cfg, params, seed)
+        made.append((name, cfg, params))
+    rows = hybrid.calibration(seed)[: len(hybrid.calibration(seed)) // 2]
+    cfg, params, _ = fuse.fuse(made, rows, connectors="none", seed=seed)
+    cfg = dataclasses.replace(cfg, gate_proj=0, gate_hidden=0)
+    params = {k: v for k, v in params.items() if k != "gate"}
+    parts = {n: float(hybrid.nats(c, p, "report").mean()) for n, c, p in made}
+    return hybrid.scored(cfg, params, parts=parts)
+
+
+def of_scratch(N, seed, **_):
+    """Qwen3 by the recipe's shape rules at the nearest size of at most N parameters."""
+    vocab = hybrid.dense("rwkv")[0].vocab_size
+    rules = dataclasses.replace(
+        recipe.DELPHI, vocab_size=vocab, head_dim=16, min_hidden=16, seq_len=hybrid.WINDOW,
+        depth_base=1,
+    )  # fmt: skip
+    fits = [presets.delphi(w, rules) for w in range(32, 513, 16)]
+    cfg = max((c for c in fits if models.count(c) <= N), key=models.count)
+    settings = run.Settings(
+        tokens=hybrid.HEAL, batch=hybrid.BATCH, window=hybrid.WINDOW, optimizer="adamh", lr=0.01,
+        adam_lr=0.015, schedule="linear", seed=seed,
+    )  # fmt: skip
+    work = hybrid.WORK / "healed" / f"curve-scratch-{N}-s{seed}.partial"
+    params, _ = run.pretrain(
+        cfg,
+        lambda T, batch, shard, shards: data.batches(
+            hybrid.healing_rows(), batch, seed, shard, shards
+        ),
+        settings, mesh=parallel.make_mesh(None), workdir=work,
+        eot=data.eot_of(hybrid.tokenizer()),
+    )  # fmt: skip
+    return hybrid.scored(cfg, params)
+
+
+MAKERS = {
+    "delve": of_delve, "ensemble": of_ensemble, "scratch": of_scratch,
+    **{name: (lambda N, seed, name=name: of_single(N, seed, name)) for name in hybrid.NAMES},
+}  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--sizes", nargs="+", type=float, default=SIZES, metavar="X")
+    parser.add_argument("--seeds", nargs="+", type=int, default=hybrid.SEEDS, metavar="N")
+    parser.add_argument("--only", nargs="+", choices=MAKERS, default=list(MAKERS), metavar="KIND")
+    parser.add_argument("--out", default="hybrid_curve", help="name of the results")
+    args = parser.parse_args()
+    results = hybrid.Results(args.out, "python experiments/hybrid_curve.py",
+                             largest=hybrid.LARGEST)  # fmt: skip
+    for name in hybrid.NAMES:
+        results.row(f"dense {name}", 0, lambda n=name: hybrid.scored(*hybrid.dense(n)[:2]))
+    with hybrid.metrics.progress(
+        len(args.sizes) * len(args.seeds) * len(args.only), "curve", "cell"
+    ) as bar:
+        for seed in args.seeds:
+            for size in args.sizes:
+                for kind in args.only:
+                    N = int(size * hybrid.LARGEST)
+                    make = MAKERS[kind]
+                    results.row(f"{kind} {size:g}", seed, lambda m=make, n=N, s=seed: m(n, s))
+                    bar.update(1)
+    against = {}
+    for size in {row["cell"].split()[1] for row in results.rows if row["cell"][0] != "d"} | {
+        f"{s:g}" for s in args.sizes
+    }:
+        ours = f"delve {size}"
+        if results.cell(ours):
+            against[size] = {
+                kind: results.difference(ours, f"{kind} {size}")
+                for kind in MAKERS
+                if kind != "delve" and results.cell(f"{kind} {size}")
+            }
+    results.save(delve_minus=against)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DelveError as err:
+        sys.exit(f"error: {err}")

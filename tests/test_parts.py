@@ -1,0 +1,238 @@
+"""Parts of a DELVE are models: subsets of streams, smaller ranks; other connectors and heads."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from delve_jax import models
+from delve_jax.config import DelveConfig, DelveError, MambaConfig, NeoxConfig, RwkvConfig
+from delve_jax.models import delve, elastic
+
+V, T = 40, 12
+both = {"vocab_size": V, "vocab_rows": V}
+STREAMS = (
+    ("m", MambaConfig(n_layers=2, d_model=24, d_inner=48, d_state=4, dt_rank=2, **both)),
+    ("r", RwkvConfig(n_layers=2, d_model=16, d_att=16, d_ffn=48, **both)),
+    ("n", NeoxConfig(n_layers=2, d_model=32, n_heads=2, d_ffn=64, **both)),
+)
+CFG = DelveConfig(STREAMS, n_superblocks=2, hub_rank=4, teachers=("tm", "tr", "tn"))
+CODES = (("embed", (9,)), ("head", (9,)))
+FORMS = {
+    "J=1": CFG,
+    "J=2": dataclasses.replace(CFG, latents=2),
+    "J=K": dataclasses.replace(CFG, latents=3),
+    "J=2, codes, cross": dataclasses.replace(
+        CFG, latents=2, connectors="cross", codes=("embed", "head"),
+        streams=tuple((n, dataclasses.replace(s, ranks=CODES)) for n, s in STREAMS),
+    ),
+    "J=1, self": dataclasses.replace(CFG, connectors="self"),
+}  # fmt: skip
+TEXT = np.random.default_rng(0).integers(0, V, size=(2, T))
+
+
+@functools.cache
+def jitted(cfg):
+    return jax.jit(functools.partial(models.forward, cfg))
+
+
+@functools.cache
+def with_present(cfg):
+    def run(params, tokens, present):
+        f, _ = delve.features(cfg, params, tokens, present_BTK=present)
+        return delve.head(cfg, params, f, present)
+
+    return jax.jit(run)
+
+
+def log_p(logits):
+    return np.asarray(jax.nn.log_softmax(logits))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("names", [("m", "r", "n"), ("n", "m"), ("r",)])
+def test_a_subset_is_the_whole_model_whose_other_streams_are_absent(form, names, randomised):
+    """Cut out, or masked as in stream-drop: the same distribution; and a model of its own."""
+    cfg = FORMS[form]
+    params = randomised(cfg, 1)
+    params["pool"] = jax.tree.map(jnp.abs, params["pool"])
+    if 1 < cfg.latents < 3 and len(names) <= cfg.latents:
+        with pytest.raises(DelveError, match="latents needs more than"):
+            delve.subset(cfg, params, names)
+        return
+    part, kept = delve.subset(cfg, params, names)
+    assert part.names == tuple(n for n in cfg.names if n in names)  # the order of the whole
+    assert part.teachers == tuple("t" + n for n in part.names)
+    shapes = jax.tree.map(jnp.shape, models.abstract_params(part))
+    assert jax.tree.map(jnp.shape, kept) == shapes
+    got = log_p(jitted(part)(kept, TEXT)[0])
+    here = jnp.array([float(n in names) for n in cfg.names]).reshape(1, 1, 3)
+    want = log_p(with_present(cfg)(params, TEXT, jnp.tile(here, (2, 1, 1))))
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+    if len(names) == 3:
+        np.testing.assert_allclose(got, log_p(jitted(cfg)(params, TEXT)[0]), rtol=0, atol=2e-5)
+    else:
+        assert np.abs(got - log_p(jitted(cfg)(params, TEXT)[0])).max() > 0.1
+
+
+def test_rows_of_a_batch_may_have_different_streams(randomised):
+    params = randomised(CFG, 2)
+    params["pool"] = jax.tree.map(jnp.abs, params["pool"])
+    present = jnp.array([[[1.0, 0.0, 1.0]], [[0.0, 1.0, 0.0]]])
+    got = with_present(CFG)(params, TEXT, present)
+    for row, names in enumerate([("m", "n"), ("r",)]):
+        want = jitted(delve.subset(CFG, params, names)[0])
+        want = want(delve.subset(CFG, params, names)[1], TEXT[row : row + 1])[0]
+        np.testing.assert_allclose(got[row : row + 1], want, rtol=0, atol=2e-5)
+
+
+def test_a_subset_whose_static_weights_are_all_zero_shares_the_temperature(randomised):
+    params = randomised(CFG, 3)
+    params["pool"] = {"a": jnp.array([0.0, 1.2, 0.0])}
+    _, kept = delve.subset(CFG, params, ("m", "n"))
+    np.testing.assert_allclose(kept["pool"]["a"], [0.6, 0.6], rtol=1e-6)
+
+
+def test_unknown_and_no_streams_are_named(randomised):
+    params = randomised(CFG, 3)
+    for names, said in ((("x",), "--streams x: the streams are m, r, n"), ((), "at least one")):
+        with pytest.raises(DelveError, match=said):
+            delve.subset(CFG, params, names)
+
+
+def test_connectors_by_hand(randomised):
+    """One joint in float64: hub hears all, cross the others, self only itself."""
+    r = np.random.default_rng(4)
+    h = {n: r.normal(size=(2, 3, s.d_model)) for n, s in STREAMS}
+    shape = lambda n, *s: r.normal(size=s)  # noqa: E731
+    p = {n: {"a": shape(n, s.d_model, 4), "b": shape(n, 4, s.d_model), "g": shape(n, 4),
+             "sigma": abs(r.normal())} for n, s in STREAMS}  # fmt: skip
+    rms = lambda x: x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)  # noqa: E731
+    said = {n: rms(h[n]) @ p[n]["a"] for n in h}
+    for kind, hears in (
+        ("hub", lambda n: sum(said.values())),
+        ("cross", lambda n: sum(z for q, z in said.items() if q != n)),
+        ("self", lambda n: said[n]),
+    ):
+        cfg = dataclasses.replace(CFG, connectors=kind)
+        f32 = functools.partial(jax.tree.map, lambda a: jnp.asarray(a, jnp.float32))
+        got = delve.hub(cfg, f32(p), f32(h))
+        for n in h:
+            want = h[n] + p[n]["sigma"] * ((p[n]["g"] * hears(n)) @ p[n]["b"])
+            np.testing.assert_allclose(got[n], want, rtol=0, atol=1e-4)
+
+
+def test_without_connectors_there_are_no_joints_between_the_streams(randomised):
+    cfg = dataclasses.replace(CFG, connectors="none")
+    assert "hub" not in models.abstract_params(cfg)
+    params = randomised(CFG, 5)
+    still = params | {"hub": jax.tree.map(jnp.zeros_like, params["hub"])}
+    bare = {k: v for k, v in params.items() if k != "hub"}
+    np.testing.assert_allclose(
+        jitted(cfg)(bare, TEXT)[0], jitted(CFG)(still, TEXT)[0], rtol=0, atol=1e-5
+    )
+
+
+def test_two_latents_are_a_mixture_of_two_pools(randomised):
+    """Against float64 from the streams' own logits, the gate written again."""
+
+    def soft(z):
+        z = z - z.max(-1, keepdims=True)
+        return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+    cfg = FORMS["J=2"]
+    params = randomised(cfg, 6)
+    f, _ = delve.features(cfg, params, TEXT)
+    ell = np.stack([np.asarray(x, np.float64) for x in delve.stream_logits(cfg, params, f)], -2)
+    rms = lambda x: x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)  # noqa: E731
+    g = jax.tree.map(lambda a: np.asarray(a, np.float64), params["gate"])
+    x = np.concatenate([rms(np.asarray(f[n], np.float64)) @ g["p"][n] for n in f], -1) @ g["w1"]
+    delta = (x / (1 + np.exp(-x))) @ g["w2"]
+    assert delta.shape == (2, T, 5)  # three streams, two latents
+    a = np.asarray(params["pool"]["a"]) * np.exp(2 * np.tanh(delta[..., None, :3] / 2))
+    pi = soft(np.asarray(params["pool"]["log_pi"]) + delta[..., 3:])
+    want = np.log(sum(np.exp(pi[..., j, None] + soft(np.einsum("btk,btkv->btv", a[..., j, :], ell)))
+                      for j in range(2)))  # fmt: skip
+    np.testing.assert_allclose(jitted(cfg)(params, TEXT)[0], want, rtol=0, atol=1e-4)
+
+
+# ---- elastic ranks -------------------------------------------------------------------------------
+
+RANKS = {
+    "m": (("in_proj", (6, 9)), ("out_proj", (5, 5))),
+    "r": (("att/key", (4, 8)), ("ffn/value", (10, 3))),
+    "n": (("att/qkv", (9, 9)), ("mlp/down", (2, 7))),
+}
+ELASTIC = dataclasses.replace(
+    CFG, codes=("embed", "head"),
+    streams=tuple((n, dataclasses.replace(s, ranks=RANKS[n] + CODES)) for n, s in STREAMS),
+)  # fmt: skip
+
+
+def trimmed(cfg, params):
+    """Zeros beyond each layer's own rank, as factored checkpoints have them."""
+    return elastic.masked(cfg, params, jnp.float32(1.0)) if cfg.family != "delve" else {
+        **params,
+        "streams": {n: elastic._tidy(s, params["streams"][n], cfg.codes) for n, s in cfg.streams},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.7, 1.0])
+def test_a_smaller_checkpoint_is_the_masked_one(share, randomised):
+    """What rank-drop trains is what `--keep` loads, and the budget is kept."""
+    params = trimmed(ELASTIC, randomised(ELASTIC, 7))
+    small = elastic.config_at(ELASTIC, share)
+    for (_, s), (_, old) in zip(small.streams, ELASTIC.streams, strict=True):
+        for (_, ranks), (_, before) in zip(s.ranks, old.ranks, strict=True):
+            assert ranks == tuple(max(1, int(np.ceil(share * r - 1e-6))) for r in before)
+    got_cfg, cut = elastic.shrink(ELASTIC, params, models.count(small))
+    assert models.count(got_cfg) <= models.count(small)
+    shapes = jax.tree.map(jnp.shape, models.abstract_params(got_cfg))
+    assert jax.tree.map(jnp.shape, cut) == shapes
+    found = max(s for s in range(1, 1025)
+                if elastic.config_at(ELASTIC, s / 1024) == got_cfg) / 1024  # fmt: skip
+    masked = elastic.masked(ELASTIC, params, jnp.float32(found))
+    np.testing.assert_allclose(
+        jitted(got_cfg)(cut, TEXT)[0], jitted(ELASTIC)(masked, TEXT)[0], rtol=0, atol=1e-5
+    )
+    whole = np.asarray(jitted(ELASTIC)(params, TEXT)[0])
+    moved = np.abs(np.asarray(jitted(got_cfg)(cut, TEXT)[0]) - whole).max()
+    assert moved < 1e-5 if share == 1.0 else moved > 0.1
+
+
+def test_what_is_masked_gets_no_gradient(randomised):
+    params = trimmed(ELASTIC, randomised(ELASTIC, 8))
+
+    def loss(p):
+        return jnp.sin(jitted(ELASTIC)(elastic.masked(ELASTIC, p, jnp.float32(0.5)), TEXT)[0]).sum()
+
+    grads = jax.grad(loss)(params)
+    g = grads["streams"]["n"]["layers"]["att"]["qkv"]
+    assert not g["v"][:, :, 5:].any() and not g["u"][:, 5:].any()  # ceil(9 / 2)
+    assert g["v"][:, :, :5].any() and g["u"][:, :5].any()
+    long = grads["codes"]["head"]["u"]
+    assert not long[5:].any() and long[:5].any()
+
+
+def test_what_cannot_be_smaller_says_so(randomised):
+    with pytest.raises(DelveError, match="factored checkpoint in uv form"):
+        elastic.shrink(CFG, randomised(CFG, 1), 100)
+    least = models.count(elastic.config_at(ELASTIC, 1 / 1024))
+    with pytest.raises(DelveError, match=f"the smallest ranks need {least:,}"):
+        elastic.shrink(ELASTIC, randomised(ELASTIC, 1), least - 1)
+    assert elastic.shrink(ELASTIC, {}, models.count(ELASTIC)) == (ELASTIC, {})
+
+
+def test_a_single_compressed_parent_is_elastic_too(randomised):
+    cfg = dataclasses.replace(STREAMS[2][1], ranks=RANKS["n"] + (("embed", (8,)),))
+    params = elastic._tidy(cfg, randomised(cfg, 9), ("embed",))
+    small = elastic.config_at(cfg, 0.5)
+    got_cfg, cut = elastic.shrink(cfg, params, models.count(small))
+    assert dict(got_cfg.ranks) == dict(small.ranks)
+    masked = elastic.masked(cfg, params, jnp.float32(0.5))
+    np.testing.assert_allclose(
+        jitted(got_cfg)(cut, TEXT)[0], jitted(cfg)(masked, TEXT)[0], rtol=0, atol=1e-5
+    )
