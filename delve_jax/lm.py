@@ -99,12 +99,10 @@ class LM:
 
     def save_state(self, path, state: dict) -> None:
         """Write a state to a file, to go on from with `load_state` in another process."""
-        leaves = {f"{i:04}": a for i, a in enumerate(jax.tree.leaves(state))}
+        leaves = {f"{i:04}": np.asarray(a) for i, a in enumerate(jax.tree.leaves(state))}
         half = Path(path).with_suffix(".writing")
         with half.open("wb") as file:
-            np.savez(
-                file, model=self._fingerprint(), **{f"{i:04}": a for i, a in enumerate(leaves)}
-            )
+            np.savez(file, model=self._fingerprint(), **leaves)
         half.replace(path)
 
     def load_state(self, path) -> dict:

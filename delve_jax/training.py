@@ -75,16 +75,7 @@ def heal(
     how = {"mesh": on, "eot": data.eot_of(tok), "tokenizer": tokenizer, "teachers": loaded,
            "teacher_cache": teacher_cache}  # fmt: skip
     if not stages:
-        params, report = _stage(
-            src,
-            cfg,
-            parts[0],
-            settings,
-            opener,
-            partial_of(dst),
-            teacher_cache=teacher_cache,
-            **how,
-        )
+        params, report = _stage(src, cfg, parts[0], settings, opener, partial_of(dst), **how)
         return _finish(dst, cfg, params, tokenizer, overwrite, "heal", report)
     report, used, weights = {"stages": {}}, 0, None
     for number, part in enumerate(parts):

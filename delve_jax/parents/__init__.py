@@ -14,7 +14,8 @@ import jax
 
 from .. import checkpoint, models, parallel
 from ..config import Config, DelveError, read_json
-from ..models import delve, elastic
+from ..models import elastic
+from ..models.delve import subset
 from .layerwise import Files, Saved
 from .stock import dense_parents, describe, export_stock, family_of, load_stock
 
@@ -146,7 +147,7 @@ def part(cfg: Config, params: dict, keep: float | None = None, streams: Sequence
     if streams:
         if cfg.family != "delve":
             raise DelveError("--streams: only a DELVE has streams")
-        cfg, params = delve.subset(cfg, params, tuple(streams))
+        cfg, params = subset(cfg, params, tuple(streams))
     if keep is not None:
         if not 0 < keep <= 1:
             raise DelveError(f"--keep {keep}: must lie in (0, 1], the kept share of all parameters")
