@@ -71,12 +71,12 @@ def heal(
                 ) from None
             loaded.append((t_cfg, t_params))
     cfg = dataclasses.replace(cfg, dtype=settings.master)
-    opener = _opener(text, documents, tokenizer, cfg.vocab_size, settings.seed)
+    opener, read = _opener(text, documents, tokenizer, cfg.vocab_size, settings.seed)
     how = {"mesh": on, "eot": data.eot_of(tok), "tokenizer": tokenizer, "teachers": loaded,
            "teacher_cache": teacher_cache}  # fmt: skip
     if not stages:
         params, report = _stage(src, cfg, parts[0], settings, opener, partial_of(dst), **how)
-        return _finish(dst, cfg, params, tokenizer, overwrite, "heal", report)
+        return _finish(dst, cfg, params, tokenizer, overwrite, "heal", report | {"data": read})
     report, used, weights = {"stages": {}}, 0, None
     for number, part in enumerate(parts):
         own = part.settings(settings)
@@ -93,6 +93,7 @@ def heal(
         src = place
     params = parents.load(src, dtype=None, mesh=on)[1]
     report |= {k: sum(s[k] for s in report["stages"].values()) for k in ("steps", "tokens")}
+    report["data"] = read
     parallel.on_main(_join_metrics, partial_of(dst), report["stages"])
     return _finish(dst, cfg, params, tokenizer, overwrite, "heal", report)
 
@@ -164,11 +165,11 @@ def train(
         return already(dst)
     tok = data.load_tokenizer(tokenizer_json, cfg.vocab_size)
     checkpoint.describe_run(partial_of(dst), cfg, tokenizer_json)
+    opener, read = _opener(text, None, tokenizer_json, cfg.vocab_size, settings.seed)
     params, report = run.pretrain(
-        cfg, _opener(text, None, tokenizer_json, cfg.vocab_size, settings.seed), settings, mesh=on,
-        workdir=partial_of(dst), eot=data.eot_of(tok),
-    )  # fmt: skip
-    return _finish(dst, cfg, params, tokenizer_json, overwrite, "train", report)
+        cfg, opener, settings, mesh=on, workdir=partial_of(dst), eot=data.eot_of(tok)
+    )
+    return _finish(dst, cfg, params, tokenizer_json, overwrite, "train", report | {"data": read})
 
 
 def _what(settings: Settings) -> dict:
@@ -205,15 +206,26 @@ def _tokenizer_for(cfg: Config, tokenizer: str | None, text: Sequence[str]) -> s
 
 
 def _opener(text, documents, tokenizer_json, vocab_size: int, seed: int):
-    """open_data(T, batch, shard, shards) of a run; text files are tokenised at each call."""
+    """(open_data(T, batch, shard, shards) of a run, facts of its text: hash, tokens, parts).
+
+    Text files are tokenised at each call; the facts stand once it was called.
+    """
+    facts: dict = {}
     if documents is None:
-        return lambda T, batch, shard, shards: data.training_set(
-            text, tokenizer_json, vocab_size, T + 1, batch, seed, shard, shards
-        )[0]
+
+        def open_data(T, batch, shard, shards):
+            dataset, found = data.training_set(
+                text, tokenizer_json, vocab_size, T + 1, batch, seed, shard, shards
+            )
+            facts.update(found)
+            return dataset
+
+        return open_data, facts
     ids = data.encode_documents(data.load_tokenizer(tokenizer_json, vocab_size), documents)
+    facts |= {"data_hash": data.data_hash(documents), "tokens": len(ids)}
     return lambda T, batch, shard, shards: data.batches(
         data.windows(ids, T + 1, T), batch, seed, shard, shards
-    )
+    ), facts
 
 
 def _finish(dst, cfg, params, tokenizer, overwrite, verb: str, report: dict) -> dict:

@@ -160,6 +160,7 @@ def test_compressed_parent_heals_alone_and_resumes(upcycled, place, capsys, tmp_
             "--tokens", 256, "--batch", 4)  # fmt: skip
     code, out, _ = delve(capsys, *argv)
     assert code == 0 and out["heal"]["teacher_weights"] and out["heal"]["steps"] == 2
+    assert out["heal"]["data"]["data_hash"] and out["heal"]["data"]["tokens"] > 256
     assert not (tmp_path / "h" / "state").exists()
     code, out, err = delve(capsys, *argv)
     assert code == 0 and "already done" in err

@@ -53,7 +53,7 @@ def log_p(logits):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("names", [("m", "r", "n"), ("n", "m"), ("r",)])
+@pytest.mark.parametrize("names", [("n", "m"), ("r",)])
 def test_a_subset_is_the_whole_model_whose_other_streams_are_absent(form, names, randomised):
     """Cut out, or masked as in stream-drop: the same distribution; and a model of its own."""
     cfg = FORMS[form]
@@ -72,10 +72,7 @@ def test_a_subset_is_the_whole_model_whose_other_streams_are_absent(form, names,
     here = jnp.array([float(n in names) for n in cfg.names]).reshape(1, 1, 3)
     want = log_p(with_present(cfg)(params, TEXT, jnp.tile(here, (2, 1, 1))))
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
-    if len(names) == 3:
-        np.testing.assert_allclose(got, log_p(jitted(cfg)(params, TEXT)[0]), rtol=0, atol=2e-5)
-    else:
-        assert np.abs(got - log_p(jitted(cfg)(params, TEXT)[0])).max() > 0.1
+    assert np.abs(got - log_p(jitted(cfg)(params, TEXT)[0])).max() > 0.1
 
 
 def test_rows_of_a_batch_may_have_different_streams(randomised):
@@ -87,6 +84,20 @@ def test_rows_of_a_batch_may_have_different_streams(randomised):
         want = jitted(delve.subset(CFG, params, names)[0])
         want = want(delve.subset(CFG, params, names)[1], TEXT[row : row + 1])[0]
         np.testing.assert_allclose(got[row : row + 1], want, rtol=0, atol=2e-5)
+
+
+def test_absent_streams_give_no_nan_and_get_no_gradient_from_a_mixture(randomised):
+    cfg = FORMS["J=K"]
+    params = randomised(cfg, 2)
+    present = jnp.array([[[1.0, 0.0, 1.0]]] * 2)
+
+    def nll(params):
+        return -with_present(cfg)(params, TEXT, present)[:, :, 0].mean()
+
+    grads = jax.grad(nll)(params)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+    assert not np.asarray(grads["streams"]["r"]["head"]["kernel"]).any()
+    assert np.asarray(grads["streams"]["m"]["head"]["kernel"]).any()
 
 
 def test_a_subset_whose_static_weights_are_all_zero_shares_the_temperature(randomised):
@@ -180,7 +191,7 @@ def trimmed(cfg, params):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("share", [0.25, 0.5, 0.7, 1.0])
+@pytest.mark.parametrize("share", [0.25, 0.6, 1.0])
 def test_a_smaller_checkpoint_is_the_masked_one(share, randomised):
     """What rank-drop trains is what `--keep` loads, and the budget is kept."""
     params = trimmed(ELASTIC, randomised(ELASTIC, 7))

@@ -8,6 +8,7 @@ held and no logit is computed twice. With `eot` documents in a row do not see ea
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -252,7 +253,9 @@ def healing(
     """
     how = how or Compute(remat=default_remat(cfg))
     reading = Compute(dtype=how.dtype, residual=how.residual)  # teachers: nothing to recompute
-    terms = terms.checked() if teachers or cached else PLAIN
+    if not (teachers or cached):  # what is left out at random stays
+        terms = dataclasses.replace(terms, ce=1.0, kl=0.0, streams=0.0, hidden=0.0)
+    terms.checked()
     hybrid = cfg.family == "delve"
     matched, hidden = terms.has("streams"), terms.has("hidden")
     if (matched or hidden) and cached:
