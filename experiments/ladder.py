@@ -39,8 +39,8 @@ REFERENCE = {"flops": 6e11, "hidden": 64}  # where rates are tuned; B0 and T0 ar
 BUDGETS = (1e11, 2.4e11, 5.7e11, 1.35e12, 3.2e12)
 TARGET = 1e13
 SEEDS = (0, 1, 2)
-SIZES = 5  # widths of a budget: those whose tokens a parameter are nearest to RATIO
-RATIO = 8.0
+SIZES = 6  # widths of a budget: those whose tokens a parameter are nearest to RATIO
+RATIO = 25.0  # 8 at first: the optima then lay at the smallest widths, so smaller ones were added
 BYTES = {"train": 24_000_000, "choose": 300_000, "report": 300_000}
 # coordinate search: each grid in turn, the best so far kept
 ADAMH = (("lr", (0.005, 0.01, 0.02, 0.04, 0.08)),
