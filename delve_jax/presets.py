@@ -26,7 +26,7 @@ from .config import (
 from .delphi.recipe import DELPHI, Recipe
 
 V = 50277  # ids of the GPT-NeoX-20B tokenizer; checkpoints pad their tables beyond
-RANK_STEP = 32  # ranks that meshes divide and matrix units fill
+RANK_STEP = 32  # ranks that matrix units fill, and that meshes of as many devices divide
 
 
 def _mamba(d: int, layers: int, rows: int = 50280) -> MambaConfig:
@@ -99,22 +99,28 @@ TIERS = {
         "pythia-1b": "pythia-1b",
     },
     "delve-7b": {"mamba": "mamba-7b-rw", "rwkv": "rwkv-4-7b", "incite": "redpajama-incite-7b"},
+    # every parent of the model card: widths 128 to 4096, depths 6 to 64, several of each family
+    "delve-all": {n: n for n in (
+        "mamba-370m", "mamba-1.4b", "mamba-7b-rw", "rwkv-4-430m", "rwkv-4-1b5", "rwkv-4-7b",
+        "pythia-14m", "pythia-31m", "pythia-410m", "pythia-1b", "pythia-1.4b",
+        "redpajama-incite-7b",
+    )},
 }  # fmt: skip
 
 
 def tier(name: str, keep: float = 0.5) -> DelveConfig:
     """A DELVE tier: every parent within `keep` of all its parameters, one rank for all layers.
 
-    Ranks are those of `compress.plan_for`, rounded down to multiples of RANK_STEP, at least one.
+    Ranks are those of `compress.plan_for`, rounded down to multiples of RANK_STEP (of twice it at
+    widths from 2048), at least one.
     """
     return fuse.joint_config([(s, _uniform(preset(of), keep)) for s, of in TIERS[name].items()])
 
 
 def _uniform(cfg: ParentConfig, keep: float) -> ParentConfig:
     plan, _ = compress.plan_for(cfg, keep=keep)
-    ranks = {
-        name: (max(1, min(r) // RANK_STEP) * RANK_STEP,) * len(r) for name, r in plan.ranks.items()
-    }
+    step = RANK_STEP * (2 if cfg.d_model >= 2048 else 1)  # wide parents go on larger meshes
+    ranks = {name: (max(1, min(r) // step) * step,) * len(r) for name, r in plan.ranks.items()}
     return dataclasses.replace(cfg, vocab_rows=cfg.vocab_size, ranks=tuple(ranks.items()))
 
 

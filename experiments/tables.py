@@ -231,9 +231,59 @@ def compress_memory() -> str:
     return "\n".join(lines)
 
 
+def _table(head: tuple, rows: list[tuple]) -> list[str]:
+    """Lines of a table: the first column is text, the others are numbers."""
+    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
+
+
+def ladder() -> str:
+    """Our own ladder: what was forecast, and what came."""
+    r = json.loads((RESULTS / "ladder.json").read_text())
+    told = json.loads((RESULTS / "ladder_forecast.json").read_text())["forecasts"][0]
+    c, ref = r["comparison"], r["reference"]
+    low, high = told["interval"]
+    text = [
+        f"{len(r['ladder'])} runs at five budgets of {r['ladder'][0]['flops']:.0e} to "
+        f"{r['ladder'][-1]['flops']:.1e} FLOPs (raw bytes; rates of the reference run: AdamH "
+        f"{ref['recipe']['lr0']:g} and {ref['recipe']['adam_lr0']:g}). Forecast of "
+        f"{told['flops']:.0e} FLOPs, committed before its runs: {told['loss']:.4f} nats a byte "
+        f"[{low:.4f}, {high:.4f}]. Three runs gave {c['loss']:.4f} ± {c['spread_of_seeds']:.4f}: "
+        f"the forecast was off by {c['error']:+.2%}, {sum(c['inside'])} of {len(c['inside'])} "
+        "inside its interval.",
+    ]  # fmt: skip
+    if "optimizers" in r:
+        rows = []
+        for name, x in r["optimizers"].items():
+            if isinstance(x, dict):
+                mean = sum(x["losses"]) / len(x["losses"])
+                each = ", ".join(f"{loss:.4f}" for loss in x["losses"])
+                rows.append((name, f"{x['lr']:.3g}", f"{mean:.4f}", each))
+        text += ["", f"At {r['optimizers']['flops']:.1e} FLOPs, width {r['optimizers']['hidden']}:",
+                 "", *_table(("optimiser", "peak rate", "nats a byte", "seeds"), rows)]  # fmt: skip
+    return "\n".join(text)
+
+
+def tiers() -> str:
+    """The DELVE tiers at full shape, compiled without weights."""
+    r = json.loads((RESULTS / "tiers.json").read_text())
+    rows = []
+    for x in r["rows"]:
+        if " step " not in x["row"] and " decode" not in x["row"]:
+            continue
+        size = x["bytes"].get("peak", sum(v for v in x["bytes"].values()))
+        fits = {True: "yes", False: "NO"}.get(x.get("fits"), "")
+        rows.append((x["row"], f"{x['parameters']:,}", f"{size / 2**30:.1f}", fits,
+                     f"{x.get('hours', 0):,.1f}" if "hours" in x else "",
+                     f"{x['compile_seconds']:.0f}"))  # fmt: skip
+    return "\n".join(_table(
+        ("what", "parameters", "GiB a device", "fits", "hours", "seconds to compile"), rows
+    ))  # fmt: skip
+
+
 BLOCKS = (
     quickstart, proxies, interruption, sharding, training, optimisers, compression, shared_tables,
-    compress_memory, delphi,
+    compress_memory, delphi, ladder, tiers,
 )  # fmt: skip
 
 

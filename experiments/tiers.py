@@ -68,13 +68,13 @@ TIERS = {
     ),
     "delve-7b": Tier(
         (MAMBA_7B, RWKV["7b"], INCITE), 1_000_000_000,
-        (Healing("h200", "data=1", 32), Healing("h200", "data=1", 8, 0.3, "ce"),
-         Healing("h200", "data=4", 32), Healing("v5e", "data=64", 64)),
+        (Healing("h200", "data=4", 32), Healing("h200", "data=1", 32),
+         Healing("h200", "data=1", 8, 0.25, "ce"), Healing("v5e", "data=32,model=2", 32)),
         ("data=1", "model=4"),
     ),
     "delve-all": Tier(
         (*MAMBA.values(), MAMBA_7B, *RWKV.values(), *PYTHIA.values(), INCITE), 1_000_000_000,
-        (Healing("h200", "data=8", 32), Healing("v5e", "data=64", 64)),
+        (Healing("h200", "data=8", 32), Healing("v5e", "data=32,model=8", 32)),
         ("data=1", "model=4"),
     ),
 }  # fmt: skip
@@ -90,7 +90,7 @@ def sized(compiled) -> int:
     return memory.temp_size_in_bytes + max(0, more)
 
 
-def fusion(cfg, _settings, _mesh, _objective) -> dict:
+def fusion(cfg, _settings, _mesh, _teachers) -> dict:
     """`fuse.fuse` of parents that are shapes: each program compiled, zeros for what it gives."""
     import jax
     import jax.numpy as jnp
@@ -99,7 +99,7 @@ def fusion(cfg, _settings, _mesh, _objective) -> dict:
     from delve_jax import fuse, models
 
     spent, seconds = {}, 0.0
-    names = {"<lambda>": "features", "own": "nll", "pass_over": "newton", "run": "scales"}
+    names = {"<lambda>": "features", "chosen": "nll", "pass_over": "newton", "run": "scales"}
     struct = jax.ShapeDtypeStruct
 
     def jit(function):
@@ -116,7 +116,7 @@ def fusion(cfg, _settings, _mesh, _objective) -> dict:
                 # the weights are there for all programs; tokens and features for this one
                 size = sized(jax.jit(function).lower(*shapes).compile())
                 size += sum(x.nbytes for x in leaves if not isinstance(x, struct))
-                name = names[function.__name__]
+                name = names.get(function.__name__, function.__name__)
                 spent[name] = max(size, spent.get(name, 0))
                 known[key] = jax.eval_shape(function, *shapes)
                 seconds += time.perf_counter() - began
@@ -137,20 +137,30 @@ def fusion(cfg, _settings, _mesh, _objective) -> dict:
     return {"superblocks": fused.n_superblocks, "bytes": bytes_, "compile_seconds": seconds}
 
 
-def step(cfg, settings, mesh, objective) -> dict:
+def teachers_of(name: str, objective: str) -> tuple:
+    """The dense parents as their files hold them: padded tables, which a mesh's model axis divides
+    where it does not divide the 50,277 valid ids."""
+    from delve_jax import presets
+
+    return tuple(map(presets.preset, presets.TIERS[name].values())) if objective != "ce" else ()
+
+
+def step(cfg, settings, mesh, teachers) -> dict:
     """The healing step."""
-    from delve_jax import plan
     from delve_jax.train.run import step_of
 
-    teachers = plan.dense_parents(cfg) if objective == "ce+kl" else ()
     began = time.perf_counter()
     function, arguments = step_of(cfg, teachers, settings, mesh)
     size = sized(function.lower(*arguments).compile())
     return {"activations": size, "compile_seconds": time.perf_counter() - began}
 
 
-def decode(cfg, _settings, mesh, _objective) -> dict:
-    """One token of one row: bfloat16 weights, activations and state float32, as `LM` computes."""
+def decode(cfg, _settings, mesh, _teachers) -> dict:
+    """One token of one row: bfloat16 weights, activations and state float32, as `LM` computes.
+
+    "activations" are without, "converted" with what XLA:CPU's loop-invariant code motion adds: all
+    stacked weights as float32 before the loop over layers starts.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -161,12 +171,17 @@ def decode(cfg, _settings, mesh, _objective) -> dict:
     state = jax.eval_shape(lambda: models.init_state(cfg, 1, CACHE))
     run = jax.jit(lambda p, t, s: models.forward(cfg, p, t, s), donate_argnums=2)
     placed = parallel.abstract(mesh, params)
-    program = run.lower(placed, jax.ShapeDtypeStruct((1, 1), jnp.int32), state).compile()
+    lowered = run.lower(placed, jax.ShapeDtypeStruct((1, 1), jnp.int32), state)
+    converted = sized(lowered.compile())
+    seconds = time.perf_counter() - began
+    off = ("while-loop-invariant-code-motion", "while-loop-expensive-invariant-code-motion")
+    kept = lowered.compile({"xla_disable_hlo_passes": ",".join(off)})
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     found = {"parameters": plan._bytes(mesh, params), "state": state_bytes,
-             "activations": sized(program)}  # fmt: skip
+             "activations": sized(kept)}  # fmt: skip
     found["peak"] = sum(found.values())
-    return {"bytes": found, "compile_seconds": time.perf_counter() - began}
+    found["converted"] = found["peak"] - found["activations"] + converted
+    return {"bytes": found, "compile_seconds": seconds}
 
 
 def child() -> None:
@@ -183,13 +198,13 @@ def child() -> None:
     mesh = parallel.make_mesh(job["mesh"])
     settings = Settings(tokens=job["tokens"], batch=job["batch"])
     what = {"fusion": fusion, "step": step, "decode": decode}[job["what"]]
-    out = what(from_json(job["cfg"]), settings, mesh, job["objective"])
+    out = what(from_json(job["cfg"]), settings, mesh, tuple(map(from_json, job["teachers"])))
     out["compile_seconds"] = round(out["compile_seconds"], 1)
     out["peak_rss"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps(out))
 
 
-def compiled(what: str, cfg, mesh: str, batch: int = 1, tokens: int = 1, objective="ce") -> dict:
+def compiled(what: str, cfg, mesh: str, batch: int = 1, tokens: int = 1, teachers=()) -> dict:
     """What `child` says of it. DelveError: it cannot be compiled."""
     from delve_jax import parallel
     from delve_jax.config import DelveError, to_json
@@ -202,7 +217,7 @@ def compiled(what: str, cfg, mesh: str, batch: int = 1, tokens: int = 1, objecti
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags,
            "JAX_ENABLE_COMPILATION_CACHE": "false"}  # fmt: skip
     job = {"what": what, "cfg": to_json(cfg), "mesh": mesh, "batch": batch, "tokens": tokens,
-           "objective": objective}  # fmt: skip
+           "teachers": list(map(to_json, teachers))}  # fmt: skip
     done = subprocess.run(
         [sys.executable, __file__, "--child"], input=json.dumps(job), text=True, env=env,
         capture_output=True, check=False,
@@ -218,7 +233,9 @@ def compiled(what: str, cfg, mesh: str, batch: int = 1, tokens: int = 1, objecti
 
 def healing(name: str, how: Healing, tokens: int, no_compile: bool = False) -> dict:
     """What healing a tier needs: bytes a device, hours and dollars."""
-    from delve_jax import plan, presets
+    import jax
+
+    from delve_jax import models, parallel, plan, presets
     from delve_jax.train.run import Settings
 
     settings = Settings(tokens=tokens, batch=how.batch)  # as `upcycle` heals: float32, remat
@@ -227,6 +244,9 @@ def healing(name: str, how: Healing, tokens: int, no_compile: bool = False) -> d
         mfu=MFU, no_compile=True,
     )  # fmt: skip
     size, limit = r["bytes_per_device"], plan.DEVICES[how.device][1]
+    teachers = teachers_of(name, how.objective)
+    mesh = jax.sharding.AbstractMesh(tuple(r["mesh"].values()), parallel.AXES)
+    size["teachers"] = sum(plan._bytes(mesh, models.abstract_params(t)) for t in teachers)
     out = {
         **how._asdict(), "devices": r["devices"], "window": r["window"], "tokens": tokens,
         "parameters": r["parameters"], "bytes": size, "device_bytes": int(limit), "fits": None,
@@ -235,11 +255,18 @@ def healing(name: str, how: Healing, tokens: int, no_compile: bool = False) -> d
     }  # fmt: skip
     if not no_compile:
         cfg = presets.preset(name, how.keep)
-        found = compiled("step", cfg, how.mesh, how.batch, tokens, how.objective)
+        found = compiled("step", cfg, how.mesh, how.batch, tokens, teachers)
         size["activations"] = found.pop("activations")
         size["peak"] = sum(size.values())
         out |= found | {"fits": bool(size["peak"] < limit)}
     return out
+
+
+def step_name(name: str, how: Healing) -> str:
+    """Name of the row of a way to heal."""
+    other = f" keep {how.keep} {how.objective}"
+    usual = (how.keep, how.objective) == (KEEP, "ce+kl")
+    return f"{name} step {how.device} {how.mesh} batch {how.batch}" + ("" if usual else other)
 
 
 def jobs() -> dict:
@@ -258,10 +285,7 @@ def jobs() -> dict:
     for name, tier in TIERS.items():
         out[f"{name} fusion"] = of(name, "fusion", "data=1")
         for how in tier.healings:
-            row = f"{name} step {how.device} {how.mesh} batch {how.batch}"
-            if (how.keep, how.objective) != (KEEP, "ce+kl"):
-                row += f" keep {how.keep} {how.objective}"
-            out[row] = lambda n=name, how=how, t=tier: healing(n, how, t.tokens)
+            out[step_name(name, how)] = lambda n=name, how=how, t=tier: healing(n, how, t.tokens)
         for mesh in tier.decode:
             out[f"{name} decode {mesh}"] = of(name, "decode", mesh)
     return out
@@ -304,7 +328,11 @@ def summary(name: str, rows: dict) -> list[str]:
                 f"{gib(r['bytes']['peak'])} of {gib(r['device_bytes'])}; {verdict}"
             )
         else:
-            lines.append(f"{row[len(name) + 1 :]}: {gib(r['bytes']['peak'])} a device")
+            more = r["bytes"].get("converted")
+            lines.append(
+                f"{row[len(name) + 1 :]}: {gib(r['bytes']['peak'])} a device"
+                + (f" ({gib(more)} if XLA first converts all weights)" if more else "")
+            )
     return lines
 
 
@@ -349,8 +377,8 @@ def main_of(name: str, about: str, argv: list[str]) -> int:
     args = cli.parser().parse_args(flags)
     try:
         if not mine.dry_run:
-            if not args.data:
-                raise DelveError("--data: name text to heal on (without it only proxies are fed)")
+            if not args.data and (args.heal_tokens or not (args.calibrate and args.report_text)):
+                raise DelveError("--data: name the text; without it the standard library's is read")
             return cli.main(flags)
         if args.parents != list(tier.parents):
             raise DelveError("--dry-run: plans the tier's own parents; leave --parents out")

@@ -26,7 +26,7 @@ PARENTS = {
     "pythia-1.4b": 1_414_647_808,
     "redpajama-incite-7b": 6_857_302_016,
 }
-# at the 50,277 valid ids
+V = 50277  # valid ids
 TIER_SUMS = {"delve-0.4b": 1_207_189_504, "delve-1.4b": 5_313_486_848, "delve-7b": 21_194_604_544}
 HUBS = {"delve-0.4b": 2_752_512, "delve-1.4b": 14_680_064, "delve-7b": 44_040_192}
 LAYERS = {
@@ -45,7 +45,35 @@ def test_parents_have_their_published_size(name):
     assert models.count(preset(name)) == PARENTS[name]
 
 
-@pytest.mark.parametrize("name", TIERS)
+def test_all_parents_in_one():
+    """The card's twelve, each under its own name, are the sum of themselves and the joints."""
+    cfg = preset("delve-all", keep=1.0)
+    assert cfg.names == tuple(TIERS["delve-all"]) and set(cfg.names) == set(PARENTS)
+    assert len({sub.family for _, sub in cfg.streams}) == 3
+    assert {sub.d_model for _, sub in cfg.streams} == {128, 256, 1024, 2048, 4096}
+    assert {sub.n_layers for _, sub in cfg.streams} == {6, 16, 24, 32, 48, 64}
+    sums = 0
+    for name, sub in cfg.streams:
+        dense = dataclasses.replace(preset(name), vocab_rows=V)
+        assert sub == dense
+        sums += models.count(dense)
+    # parents.md section 8 counts stored rows: a tied table once, padding rows with it
+    padded = sum(
+        (preset(n).vocab_rows - V) * preset(n).d_model * (1 if preset(n).tie_embeddings else 2)
+        for n in cfg.names
+    )
+    assert sums + padded == sum(PARENTS.values()) == 27_762_033_664
+    S, r, K, width = cfg.n_superblocks, cfg.hub_rank, 12, sum(c.d_model for _, c in cfg.streams)
+    hub = (S - 1) * (2 * width * r + K * (r + 1))
+    gate = cfg.gate_proj * width + K * cfg.gate_proj * cfg.gate_hidden + cfg.gate_hidden * K
+    assert r == 4096 // 16 and models.count(cfg) == sums + hub + gate + K
+    half = preset("delve-all")
+    assert 0.45 < models.count(half) / sums <= 0.5
+    for _, sub in half.streams:
+        assert sub.ranks and all(ranks[0] % 32 == 0 for _, ranks in sub.ranks)
+
+
+@pytest.mark.parametrize("name", TIER_SUMS)
 def test_tiers_keep_what_is_asked_of_the_sum_of_their_parents(name):
     """Dense, a tier is its parents and the joints; else uniform ranks just within the ratio."""
     dense = preset(name, keep=1.0)
@@ -61,9 +89,10 @@ def test_tiers_keep_what_is_asked_of_the_sum_of_their_parents(name):
         share = (models.count(cfg) - joints) / TIER_SUMS[name]
         assert 0.9 * keep < share <= keep, keep
         for _, sub in cfg.streams:
-            assert sub.ranks and sub.vocab_rows == sub.vocab_size == 50277
+            assert sub.ranks and sub.vocab_rows == sub.vocab_size == V
             for _, ranks in sub.ranks:
-                assert len(set(ranks)) == 1 and ranks[0] % 32 == 0 < ranks[0]
+                step = 64 if width >= 2048 else 32
+                assert len(set(ranks)) == 1 and ranks[0] % step == 0 < ranks[0]
 
 
 def test_delphi_of_every_width():
@@ -71,8 +100,8 @@ def test_delphi_of_every_width():
     for width in DELPHI_WIDTHS:
         cfg = preset(f"delphi-{width}")
         assert cfg.n_layers == LAYERS[width] and cfg.n_heads * 128 == width
-        V, H, L = 128256, width, cfg.n_layers
-        assert models.count(cfg) == 2 * V * H + L * (16 * H * H + 2 * H + 256) + H
+        rows, H, L = 128256, width, cfg.n_layers
+        assert models.count(cfg) == 2 * rows * H + L * (16 * H * H + 2 * H + 256) + H
         assert models.count(cfg) == DELPHI.get(width, models.count(cfg))
 
 

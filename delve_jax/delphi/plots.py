@@ -64,6 +64,8 @@ def isoflop(r: dict, plt):
     ax.plot([b["tokens"] for b in rows], [b["loss"] for b in rows], "x", color=ACCENT, ms=6,
             zorder=4, label="vertices of the parabolas")  # fmt: skip
     ax.set_xscale("log")
+    ax.xaxis.set_minor_locator(plt.matplotlib.ticker.LogLocator(subs=(2, 5)))  # room for labels
+    ax.tick_params(which="minor", labelsize=8)
     ax.margins(x=0.09)
     ax.set(xlabel="training tokens", ylabel="loss (nats a token)")
     ax.set_title("IsoFLOP runs; the budget in FLOPs stands at each curve", fontsize=10)
