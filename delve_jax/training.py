@@ -47,7 +47,8 @@ def heal(
     if stages and teacher_cache:
         raise DelveError("--teacher-cache: for one objective, not for --stages")
     parts = run.read_stages(stages) if stages else (run.Stage("heal", 1.0, terms.checked()),)
-    parallel.start(distributed)
+    if parallel.start(distributed) > 1 and teacher_cache:
+        raise DelveError("--teacher-cache: is made by one process; heal with one, or without")
     command = {"verb": "heal", "src": src, "text": list(map(str, text)),
                "data_hash": data.data_hash(documents) if documents else None,
                "teachers": teachers and list(map(str, teachers)),

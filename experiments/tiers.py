@@ -1,14 +1,14 @@
 """Do the DELVE tiers fit the machines that their scripts name? Full shapes, no weights.
 
 Command: taskset -c 0 python experiments/tiers.py [--only TEXT ...] [--fresh]
-Result: experiments/results/tiers.json, a row a line; rows that stand there are not made again. Each
-is a process of its own: every program of `fuse.fuse`, the healing step of `delve upcycle` on each
-mesh, one decode step of `LM`, lowered from shapes and compiled for virtual CPU devices, with
-XLA's bytes beside the exact bytes of the state. The program is the accelerator's (its scans, its
-chunks of logits); the buffers are those of XLA:CPU, which has no bfloat16 and fuses less. Ranks are
-uniform: those of a real run differ by layer and are padded to the largest of their map. Nothing
-here ran on an accelerator: hours and dollars follow from FLOPs and the constants below.
-The scripts upcycle_{04b,14b,7b}.py are made of `main_of`.
+Half an hour on one shared core, at most 4 GiB of RAM. Result: experiments/results/tiers.json, a row
+a line; rows that stand there are not made again. Each is a process of its own: every program of
+`fuse.fuse`, the healing step of `delve upcycle` on each mesh, one decode step of `LM`, lowered from
+shapes and compiled for virtual CPU devices; XLA's bytes beside the exact bytes of the state. The
+program is the accelerator's (its scans, its chunks of logits); the buffers are those of XLA:CPU,
+which has no bfloat16 and fuses less. Ranks are uniform: those of a real run differ by layer and are
+padded to the largest of their map. Nothing here ran on an accelerator: hours and dollars follow
+from FLOPs and the constants below. The scripts upcycle_{04b,14b,7b}.py are made of `main_of`.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ TIERS = {
         (MAMBA_7B, RWKV["7b"], INCITE), 1_000_000_000,
         (Healing("h200", "data=4", 32), Healing("h200", "data=1", 32),
          Healing("h200", "data=1", 8, 0.25, "ce"), Healing("v5e", "data=32,model=2", 32)),
-        ("data=1", "model=4"),
+        ("data=1", "data=2,model=4"),
     ),
     "delve-all": Tier(
         (*MAMBA.values(), MAMBA_7B, *RWKV.values(), *PYTHIA.values(), INCITE), 1_000_000_000,
         (Healing("h200", "data=8", 32), Healing("v5e", "data=32,model=8", 32)),
-        ("data=1", "model=4"),
+        ("data=1", "data=2,model=4"),
     ),
 }  # fmt: skip
 

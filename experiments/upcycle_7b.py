@@ -34,7 +34,7 @@ Planned bytes of a device, and healing's time and cost (results/tiers.json):
     1 x h200, data=1, batch 8, keep 0.25, ce: 109.4 GiB of 131.3 GiB; 1,000 M tokens in 55.2 h, $193
     64 x v5e, data=32,model=2, batch 32: 12.9 GiB of 14.9 GiB; 1,000 M tokens in 15.1 h, $1,161
     decode data=1: 29.7 GiB a device (66.5 GiB if XLA first converts all weights)
-    decode model=4: 15.8 GiB a device (28.7 GiB if XLA first converts all weights)
+    decode data=2,model=4: 9.1 GiB a device (17.4 GiB if XLA first converts all weights)
 
 Assumed: 15% of the bfloat16 peak, $3.50 an H200 and hour, $1.20 a v5e chip and hour; compression
 and scores come on top. Expected nats: not yet run (neither hub nor accelerator was at hand). No

@@ -307,8 +307,8 @@ def heal(
     make() -> float32 parameters on `mesh`, called unless there is a state to resume.
     open_data(T, batch, shard, shards) -> grain dataset. teachers: (config, params) each; weights:
     of their log-linear pool (None: fitted on the first windows, which can sharpen a lone teacher).
-    teacher_cache: folder of samples of what they say (`cache`), made before the first step; they
-    are then no part of the compiled step.
+    teacher_cache: folder of samples of what they say (`cache`), made before the first step; the
+    list of teachers is then emptied, and they are no part of the compiled step.
     """
     settings, terms = settings.checked(mesh), terms.checked()
     if settings.trains != "all" and cfg.family != "delve":
@@ -339,6 +339,7 @@ def heal(
             how=Compute(dtype=settings.compute), seed=settings.seed,
         )  # fmt: skip
         dataset, frozen = found.joined(dataset), ()
+        teachers.clear()  # their weights are freed
         report |= {"teacher_samples": cache.SAMPLES}
     params, facts = _train(
         cfg, (shapes_of(cfg, settings), lambda: _cast(make(), settings)), loss, dataset, settings,

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from delve_jax import data, fuse, models, parallel, plan, presets
+from delve_jax import data, fuse, models, parallel, parents, plan, presets
 from delve_jax.config import MambaConfig, NeoxConfig, RwkvConfig, from_json, to_json
 from delve_jax.metrics import read_metrics, versions
 from delve_jax.train import loop
@@ -59,7 +59,7 @@ def status(field):
 def child(objective):
     """Run the real loop with a step compiled before, and print what it took [bytes]."""
     cfg, mesh = from_json(json.load(sys.stdin)), parallel.make_mesh("data=1")
-    teachers = plan._teachers(cfg) if objective == "ce+kl" else ()
+    teachers = parents.dense_parents(cfg) if objective == "ce+kl" else ()
     step, arguments = step_of(cfg, teachers, SETTINGS, mesh)
     program = step.lower(*arguments).compile()
 
