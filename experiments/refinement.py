@@ -8,7 +8,8 @@ draws both and the order of the rows. Variants are compared on the choose split,
 what they chose is scored on the report split. Recovered: (compressed - refined) / (compressed -
 dense) in nats a token over 128 sequences of 256 tokens. Not yet run to the end. A first try, choose
 split, seed 0, before pass 2: rwkv 61 % recovered with 4 passes (47 % with one, 41 % with half
-cross-entropy and 4 passes), mamba 65 %, incite 35 % (0.024 nats left).
+cross-entropy and 4 passes), mamba 65 %, incite 35 % (0.024 nats left). Since pass 2 less is left to
+recover, and tries fell short (results/refinement_tries.json: rwkv 60 % with 8 passes, incite 39 %).
 """
 
 import argparse

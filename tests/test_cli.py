@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from commands import bad, delve
 
 import delve_jax
 from delve_jax import cli, data, models, parents, training, upcycle
@@ -34,25 +35,6 @@ def place(tmp_path_factory, randomised):
         params = jax.tree.map(lambda a: np.asarray(a, np.float32), randomised(cfg, i))
         parents.export_stock(cfg, params, root / name, tok)
     return root
-
-
-def delve(capsys, *argv):
-    """(exit code, parsed stdout or None, stderr) of a verb with --json."""
-    capsys.readouterr()
-    try:
-        code = cli.main([*map(str, argv), "--json"])
-    except SystemExit as err:  # argparse
-        code = err.code
-    out, err = capsys.readouterr()
-    return code, json.loads(out) if out.strip() else None, err
-
-
-def bad(capsys, *argv) -> str:
-    """The one line of a refused call."""
-    code, out, err = delve(capsys, *argv)
-    lines = [line for line in err.replace("\r", "\n").split("\n") if line.startswith("error:")]
-    assert code == 2 and out is None and len(lines) == 1 and "Traceback" not in err, err
-    return lines[0]
 
 
 def road_flags(place, out, **more):

@@ -186,7 +186,8 @@ def test_terms_that_cannot_be_are_named():
     objective.healing(CFG, other, Terms())  # a pool of any teachers is fine
     for terms, said in (
         (Terms(ce=0.0, kl=0.0), "all its weights are 0"),
-        (Terms(kl=-1.0), "must not be negative"),
+        (Terms(kl=-1.0), "not negative"),
+        (Terms(kl=(1.0, 0.5, 0.2)), "one or two numbers"),
         (Terms(stream_drop=1.0), "--stream-drop"),
         (Terms(rank_drop=0.0), "--rank-drop"),
     ):
@@ -209,6 +210,7 @@ def test_stages_are_read_from_a_file(tmp_path):
         ({"shar": 1}, "stage 2: unknown field 'shar'"), ({"share": 2}, "stage 2: field 'share'"),
         ({"share": 0.5}, "must sum to 1"), ({"name": "a"}, "names must differ"),
         ({"stream_drop": 3}, "stage 2: --stream-drop 3"), ({"kl": "x"}, "stage 2"),
+        ({"lr": "x"}, "stage 2: field 'lr'"), ({"joints_lr": -1}, "field 'joints_lr'"),
     ):  # fmt: skip
         file.write_text(json.dumps([rows[0], rows[1] | change]))
         with pytest.raises(DelveError, match=said):
@@ -288,8 +290,12 @@ def test_a_cache_is_made_once_resumes_grows_and_refuses_other_runs(frozen, tmp_p
     np.testing.assert_array_equal(again.array("counts"), whole.array("counts"))
     sizes = {f.name: f.stat().st_size for f in (tmp_path / "a").glob("*.bin")}
     assert sum(sizes.values()) == 5 * 4 * T * (64 * 3 + 2)
+    with pytest.raises(DelveError, match="answers of another run"):
+        cache.make(tmp_path / "a", data_, 2, DENSE, frozen, eot=0)
     for other, teachers in ((data.batches(rows_of(), 4, 1), frozen),
-                            (data_, frozen | {"weights": jnp.ones(2)})):  # fmt: skip
+                            (data_, frozen | {"weights": jnp.ones(2)}),
+                            (data_, frozen | {"teachers": jax.tree.map(
+                                lambda a: 1.01 * a, frozen["teachers"])})):  # fmt: skip
         with pytest.raises(DelveError, match="answers of another run"):
             cache.make(tmp_path / "a", other, 2, DENSE, teachers)
 

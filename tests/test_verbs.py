@@ -11,6 +11,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from commands import bad, delve
 
 from delve_jax import checkpoint, cli, data, models, presets, upcycle
 from delve_jax.config import NeoxConfig
@@ -44,25 +45,6 @@ def place(tmp_path_factory):
         argv = ["data", "prepare", root / f"{name}.txt", root / name, "--tokenizer", TOKENIZER]
         assert cli.main(list(map(str, argv))) == 0
     return root
-
-
-def delve(capsys, *argv):
-    """(exit code, parsed stdout or None, stderr) of a verb with --json."""
-    capsys.readouterr()
-    try:
-        code = cli.main([*map(str, argv), "--json"])
-    except SystemExit as err:  # argparse
-        code = err.code
-    out, err = capsys.readouterr()
-    return code, json.loads(out) if out.strip() else None, err
-
-
-def bad(capsys, *argv) -> str:
-    """The one line of a refused call."""
-    code, out, err = delve(capsys, *argv)
-    lines = [line for line in err.replace("\r", "\n").split("\n") if line.startswith("error:")]
-    assert code == 2 and out is None and len(lines) == 1 and "Traceback" not in err, err
-    return lines[0]
 
 
 def arrays(path) -> dict:

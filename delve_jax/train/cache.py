@@ -82,16 +82,20 @@ def make(
 ) -> Cache:
     """The cache of a run, made or finished: what `frozen`'s pool says to dataset[0 .. steps - 1].
 
-    DelveError: the folder holds the cache of another run (other rows at step 0, teachers, weights).
+    DelveError: the folder holds the cache of another run: other rows at step 0 (which stand for all
+    of the data), other teachers, weights, document boundaries or dtype.
     """
     folder = Path(folder)
     first = np.ascontiguousarray(dataset[0], np.int32)
     rows, T, V = len(first), first.shape[1] - 1, teachers[0].vocab_size
     id_dtype = "uint16" if V <= 2**16 else "uint32"
-    shapes = [list(map(float, frozen["weights"])), [to_json(t) for t in teachers]]
+    said_by = [list(map(float, frozen["weights"])), [to_json(t) for t in teachers], eot, how.dtype]
+    digest = hashlib.sha256(json.dumps(said_by, sort_keys=True).encode())
+    for leaf in jax.tree.leaves(frozen["teachers"]):  # another parent of the same sizes differs
+        digest.update(np.asarray(leaf.reshape(-1)[:64], np.float32).tobytes())
     facts = {
         "first_rows": hashlib.sha256(first.tobytes()).hexdigest(),
-        "teachers": hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest(),
+        "teachers": digest.hexdigest(),
         "rows": rows, "T": T, "samples": SAMPLES, "seed": seed, "id_dtype": id_dtype,
     }  # fmt: skip
     record = folder / "cache.json"

@@ -165,8 +165,11 @@ class Terms:
     def checked(self) -> Terms:
         """Itself; DelveError names the flag that is out of its range."""
         for name in ("ce", "kl", "streams", "hidden"):
-            if not all(0 <= w < math.inf for w in ends(getattr(self, name))):
-                raise DelveError(f"objective, {name}: {getattr(self, name)} must not be negative")
+            weight = ends(getattr(self, name))
+            if len(weight) != 2 or not all(0 <= w < math.inf for w in weight):
+                raise DelveError(
+                    f"objective, {name}: {weight} must be one or two numbers, not negative"
+                )
         if not any(self.has(name) for name in ("ce", "kl", "streams", "hidden")):
             raise DelveError("objective: all its weights are 0")
         if not 0 <= self.stream_drop < 1:

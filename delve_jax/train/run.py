@@ -211,8 +211,10 @@ def read_stages(source: str) -> tuple[Stage, ...]:
             out.append(Stage(terms=Terms(**terms).checked(), **stage))
         except (TypeError, ValueError, DelveError) as err:
             raise DelveError(f"{where}: {err}") from None
-        if not isinstance(out[-1].share, (int, float)) or not 0 < out[-1].share <= 1:
-            raise DelveError(f"{where}: field 'share' must lie in (0, 1]")
+        for field, most in (("share", 1), ("lr", math.inf), ("joints_lr", math.inf)):
+            value = getattr(out[-1], field)
+            if not isinstance(value, (int, float)) or not 0 < value <= most:
+                raise DelveError(f"{where}: field '{field}' must lie in (0, {most}]")
     if not math.isclose(sum(s.share for s in out), 1, abs_tol=1e-6):
         raise DelveError(f"--stages {source}: the shares must sum to 1")
     if len({s.name for s in out}) < len(out) or not all(
