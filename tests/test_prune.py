@@ -364,6 +364,8 @@ def test_plan_counts_the_true_width(family):
         pruned = dataclasses.replace(cfg, d_ffn=25, neurons=(9, 25), ranks=more)
         mean = dataclasses.replace(cfg, d_ffn=17, ranks=more)
         assert plan.forward_flops(pruned, 8) == plan.forward_flops(mean, 8)
-    assert plan._dense(pruned).d_ffn == 25  # nothing says what it was
+    (dense,) = stock.dense_parents(pruned)
+    assert dense.d_ffn == 25  # nothing says what it was
     known = dataclasses.replace(pruned, hf_config=json.dumps(stock.hf_config(cfg, "float32")))
-    assert plan._dense(known) == dataclasses.replace(cfg, hf_config=known.hf_config)
+    (dense,) = stock.dense_parents(known)
+    assert dense == dataclasses.replace(cfg, hf_config=known.hf_config)
