@@ -140,6 +140,8 @@ def parser() -> Parser:
     p.add_argument("--connectors", default="hub", metavar="KIND",
                    help="what a stream hears of the others: hub, cross, self or none")  # fmt: skip
     p.add_argument("--hub-rank", type=int)
+    p.add_argument("--ffn-skip", type=float, default=0.0, metavar="WEIGHT",
+                   help="routers: a token skips FFNs that they give less (say 0.5)")  # fmt: skip
     p.add_argument("--warm-hub", action="store_true",
                    help="its maps start as the best guess of what was lost")  # fmt: skip
     p.add_argument("--codes", type=int, metavar="R",
@@ -161,6 +163,8 @@ def parser() -> Parser:
                    help="chance that a sequence does without a stream")  # fmt: skip
     p.add_argument("--rank-drop", type=float, default=1.0, metavar="SHARE",
                    help="train for --keep at loading: least share of all ranks")  # fmt: skip
+    p.add_argument("--ffn-share", type=float, default=1.0, metavar="SHARE",
+                   help="of a DELVE with routers: tokens that run their FFNs")  # fmt: skip
     p.add_argument("--train", default="all", choices=("all", "experts", "joints"), dest="trains",
                    help="of a DELVE: joints are hub, gate and pool")  # fmt: skip
     p.add_argument("--joints-lr", type=float, default=1.0, metavar="X", help="times the rate")
@@ -389,7 +393,7 @@ def _terms(kw: dict):
     kl, streams, hidden = map(weight, ("kl_weight", "stream_kl", "hidden_match"))
     if not all(0 <= w <= 1 for w in ends(kl)):
         raise DelveError(f"--kl-weight {kl}: must lie in [0, 1]")
-    drops = {name: kw.pop(name) for name in ("stream_drop", "rank_drop")}
+    drops = {name: kw.pop(name) for name in ("stream_drop", "rank_drop", "ffn_share")}
     if kw.pop("objective") == "ce":
         return Terms(ce=1.0, kl=0.0, **drops)
     ce = 1 - kl if isinstance(kl, float) else tuple(1 - w for w in kl)

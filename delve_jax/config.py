@@ -124,6 +124,7 @@ class DelveConfig:
     hub_rank: int = 8
     gate_proj: int = 32
     gate_hidden: int = 64
+    ffn_skip: float = 0.0  # a token does without an FFN whose router gives it less; 0: no routers
     codes: tuple[str, ...] = ()  # tables (embed, head) that the streams have in common, factored
     teachers: tuple[str, ...] = ()  # where each stream's dense parent came from
     dtype: str = "float32"

@@ -178,7 +178,7 @@ def _traced(cfg: DelveConfig) -> Callable:
 
     def run(params, tokens_BT, targets_BT):
         with jax.default_matmul_precision("highest"):
-            f, _, h = delve.traced(cfg, params, tokens_BT)
+            f, _, way = delve.traced(cfg, params, tokens_BT)
             logits = [delve.head(cfg, params, f), *delve.stream_logits(cfg, params, f)]
             nll_BTM = jnp.stack([evaluation.nll_of(x, targets_BT)[0] for x in logits], -1)
             delta = jnp.zeros(delve.gate_outputs(cfg))
@@ -187,7 +187,7 @@ def _traced(cfg: DelveConfig) -> Callable:
             w_BTK = stream_weights(cfg, params["pool"], delta)
             more = [jnp.broadcast_to(w_BTK, (*tokens_BT.shape, len(cfg.names)))]
             if "hub" in params:
-                ratio_BTsK = hub_ratios(cfg, params["hub"], h)
+                ratio_BTsK = hub_ratios(cfg, params["hub"], way["h"])
                 more.append(ratio_BTsK.reshape(*tokens_BT.shape, -1))
         return nll_BTM, jnp.concatenate(more, -1)
 

@@ -32,6 +32,7 @@ def joint_config(
     teachers: tuple[str, ...] = (),
     codes: tuple[str, ...] = (),
     connectors: str = "hub",
+    ffn_skip: float = 0.0,
 ) -> DelveConfig:
     """The DELVE of these parents: superblocks by their depths, hub rank d/16 unless given."""
     if len({cfg.vocab_size for _, cfg in parents}) > 1:
@@ -45,14 +46,20 @@ def joint_config(
         )
     if connectors not in CONNECTORS:
         raise DelveError(f"--connectors {connectors}: choose one of {', '.join(CONNECTORS)}")
+    if not 0 <= ffn_skip < 1:
+        raise DelveError(f"--ffn-skip {ffn_skip}: must lie in [0, 1); all weigh 1 at first")
+    S = delve.choose_superblocks([cfg.n_layers for _, cfg in parents])
+    if ffn_skip and (connectors == "none" or S == 1):
+        raise DelveError("--ffn-skip: routers read the hub; there is none")
     width = max(cfg.d_model for _, cfg in parents)
     return DelveConfig(
         streams=tuple(parents),
-        n_superblocks=delve.choose_superblocks([cfg.n_layers for _, cfg in parents]),
+        n_superblocks=S,
         latents=latents,
         connectors=connectors,
         hub_rank=hub_rank or max(1, width // 16),
         codes=codes,
+        ffn_skip=ffn_skip,
         teachers=tuple(teachers),
     )
 
@@ -72,14 +79,15 @@ def fuse(
     codes: int | None = None,
     shared: bool = False,
     connectors: str = "hub",
+    ffn_skip: float = 0.0,
     seed: int = 0,
 ) -> tuple[DelveConfig, dict, dict]:
     """-> (config, parameters, report). tokens_NT: calibration windows [N, T]; None: equal weights.
 
     The hub's frozen scales are the streams' RMS at each sync point on the same tokens (1 without).
     codes: rank of vocabulary tables that all streams share, fitted on the same tokens (None: each
-    keeps its own). shared: the parents come with such tables (`joint.compress`). DelveError: codes
-    without tokens.
+    keeps its own). shared: the parents come with such tables (`joint.compress`). ffn_skip: routers
+    with this threshold (`delve.router`). DelveError: codes without tokens, routers without a hub.
     """
     if codes is not None:
         if tokens_NT is None:
@@ -89,7 +97,7 @@ def fuse(
         parents = common(parents, tokens_NT, codes, seed)
     tables = tuple(delve.LONG) if shared or codes is not None else ()
     named = [(n, c) for n, c, _ in parents]
-    cfg = joint_config(named, latents, hub_rank, teachers, tables, connectors)
+    cfg = joint_config(named, latents, hub_rank, teachers, tables, connectors, ffn_skip)
     params = {
         **delve.apart(cfg, {n: p for n, _, p in parents}),
         **delve.init_joints(cfg, jax.random.key(seed)),
@@ -129,8 +137,9 @@ def warm_hub(
 
     @jax.jit
     def sums(params, whole, tokens_BT):
-        _, _, h = delve.traced(cfg, params, tokens_BT)
-        _, _, goal = delve.traced(pool, whole, tokens_BT)
+        h, goal = (
+            delve.traced(*model, tokens_BT)[2]["h"] for model in ((cfg, params), (pool, whole))
+        )
         flat = lambda a: a[:-1].reshape(a.shape[0] - 1, -1, a.shape[-1])  # noqa: E731
         x = jnp.concatenate([flat(delve.rms(h[n])) for n in cfg.names], -1)  # [S-1, n, sum D]
         lost = [flat(goal[n] - h[n]) / sigma[n][:, None, None] for n in cfg.names]

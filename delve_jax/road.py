@@ -243,6 +243,7 @@ def fuse(
     latents: int = 1,
     connectors: str = "hub",
     hub_rank: int | None = None,
+    ffn_skip: float = 0.0,
     warm_hub: bool = False,
     codes: int | None = None,
     teachers: Sequence[str] | None = None,
@@ -252,15 +253,16 @@ def fuse(
     """Parents (compressed or dense) -> DELVE at step 0.
 
     latents: 1 (log-linear pool) to one per parent (mixture; 0 for short). connectors: hub, cross,
-    self or none (`models.delve.hub`); warm_hub: their maps start as the best prediction of what the
-    streams lost (`fuse.warm_hub`; reads the teachers). codes: rank of vocabulary tables that all
-    streams share (None: each keeps its own). Pool weights are fitted on the text, equal without it.
+    self or none (`models.delve.heard`); warm_hub: their maps start as the best prediction of what
+    the streams lost (`fuse.warm_hub`; reads the teachers). ffn_skip: routers of this threshold, for
+    `heal --ffn-share` (`models.delve.router`). codes: rank of vocabulary tables that all streams
+    share (None: each keeps its own). Pool weights are fitted on the text, equal without it.
     `teachers` defaults to the dense sources that the compressed parents recorded.
     """
     sources = [str(s) for s in sources]
     command = {"verb": "fuse", "sources": sources, "calibrate": list(map(str, calibrate)),
                "calibrate_tokens": calibrate_tokens, "latents": latents, "connectors": connectors,
-               "hub_rank": hub_rank, "warm_hub": warm_hub, "codes": codes,
+               "hub_rank": hub_rank, "ffn_skip": ffn_skip, "warm_hub": warm_hub, "codes": codes,
                "data_hash": data.data_hash(documents) if documents else None,
                "seed": seed}  # fmt: skip
     if warm_hub and not (calibrate or documents):
@@ -293,7 +295,7 @@ def fuse(
         windows = calibration_windows(shortest, tokenizer, documents, calibrate_tokens, seed)
     cfg, params, report = fusion.fuse(
         parts, windows, latents=latents or len(parts), connectors=connectors, hub_rank=hub_rank,
-        codes=codes, teachers=tuple(map(str, teachers)), seed=seed,
+        ffn_skip=ffn_skip, codes=codes, teachers=tuple(map(str, teachers)), seed=seed,
     )  # fmt: skip
     if warm_hub:
         dense = [parents.load(t, dtype="float32")[:2] for t in teachers]

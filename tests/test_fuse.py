@@ -106,8 +106,8 @@ def test_a_warm_hub_explains_what_was_lost_and_changes_nothing_yet(parts, tokens
     # with all gains at 1 the streams come nearer to their parents at the first sync point
     pool = delve.plain_pool(cfg.names, [c for c, _ in dense], cfg.n_superblocks)
     whole = {"streams": dict(zip(cfg.names, (p for _, p in dense), strict=True))}
-    goal = delve.traced(pool, whole, tokens)[2]
-    h = {n: x[0] for n, x in delve.traced(cfg, warm, tokens)[2].items()}
+    goal = delve.traced(pool, whole, tokens)[2]["h"]
+    h = {n: x[0] for n, x in delve.traced(cfg, warm, tokens)[2]["h"].items()}
     first = {n: jax.tree.map(lambda a: a[0], warm["hub"][n]) for n in cfg.names}
     open_ = {n: p | {"g": np.ones_like(p["g"])} for n, p in first.items()}
     after = delve.hub(cfg, open_, h)

@@ -64,7 +64,7 @@ def parts_of(params, frozen):
         ctx, _ = models.FAMILY[sub.family].context(sub, x)
         first = jax.tree.map(lambda a: a[:1], p["layers"])  # superblock 0 holds one layer
         x = np.asarray(models.run_layers(sub, first, x, None, ctx)[0], np.float64)
-        gaps.append(((rms(np.asarray(way[n][0], np.float64)) - rms(x)) ** 2).mean())
+        gaps.append(((rms(np.asarray(way["h"][n][0], np.float64)) - rms(x)) ** 2).mean())
     return {
         "nll": -np.take_along_axis(pooled, targets[..., None], -1).mean(),
         "kl": kl(soft(sum(a * x for a, x in zip(A, outs, strict=True))), pooled),
@@ -184,6 +184,8 @@ def test_terms_that_cannot_be_are_named():
     with pytest.raises(DelveError, match="dense parent of every stream"):
         objective.healing(CFG, other, Terms(streams=0.1))
     objective.healing(CFG, other, Terms())  # a pool of any teachers is fine
+    with pytest.raises(DelveError, match="--rank-drop: needs factored maps"):
+        objective.healing(DENSE[0], (), Terms(rank_drop=0.5))
     for terms, said in (
         (Terms(ce=0.0, kl=0.0), "all its weights are 0"),
         (Terms(kl=-1.0), "not negative"),

@@ -6,7 +6,8 @@ the first the low-rank hub is the only thing that crosses streams. Pooled head: 
 both). Hub (b = 0) and gate (w2 = 0) are exactly absent at step 0, so the model starts as the pool
 of its parents. Where the streams share a vocabulary table (`codes`), its long factor stands once
 beside them, and each keeps its short one. Any subset of the streams is a model itself: absent ones
-say nothing to hub, gate and pool (`present_BTK`, or `subset`, which cuts them out).
+say nothing to hub, gate and pool (`present_BTK`, or `subset`, which cuts them out). Routers at
+the hub (`ffn_skip`) may spare a token a superblock's stateless sub-layers.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from ..config import DelveConfig, DelveError
 from .linear import at_least_f32, linear, rms_norm, wide
 
 HUB_EPS = 1e-6
+SOFT = 0.25  # width of the sigmoid that stands for a router's step in its gradient
 LONG = {"embed": "v", "head": "u"}  # the factor of a table that is as long as the vocabulary
 
 
@@ -75,22 +77,50 @@ def rms(x: jax.Array) -> jax.Array:
 
 
 def hub(cfg: DelveConfig, p: dict, h: dict, present_BTK=None) -> dict:
-    """h_p += sigma_p ((g_p z_p) B_p), all streams at once (hybrid.md §5); z_p by `connectors`:
+    """h_p += sigma_p ((g_p z_p) B_p), all streams at once (hybrid.md §5); z_p: `heard`."""
+    return said_to(cfg, p, h, heard(cfg, p, h, present_BTK))
+
+
+def heard(cfg: DelveConfig, p: dict, h: dict, present_BTK=None) -> dict:
+    """{name: z_BTr} that each stream hears at a sync point, by `connectors`:
 
     hub: sum_q rms(h_q) A_q; cross: without q = p; self: q = p alone, the control of equal size.
     """
-    p = {n: jax.tree.map(lambda a, n=n: a.astype(h[n].dtype), p[n]) for n in cfg.names}
-    said = {n: rms(h[n]) @ p[n]["a"] for n in cfg.names}
+    said = {n: rms(h[n]) @ p[n]["a"].astype(h[n].dtype) for n in cfg.names}
     if present_BTK is not None:
         said = {n: z * present_BTK[..., k, None] for k, (n, z) in enumerate(said.items())}
     total_BTr = sum(said.values())
-    heard = {
+    of = {
         "hub": lambda n: total_BTr, "cross": lambda n: total_BTr - said[n], "self": said.get,
     }[cfg.connectors]  # fmt: skip
+    return {n: of(n) for n in cfg.names}
+
+
+def said_to(cfg: DelveConfig, p: dict, h: dict, z: dict) -> dict:
+    """The streams after what they heard."""
+    p = {n: jax.tree.map(lambda a, n=n: a.astype(h[n].dtype), p[n]) for n in cfg.names}
     return {
-        n: h[n] + lax.stop_gradient(p[n]["sigma"]) * ((p[n]["g"] * heard(n)) @ p[n]["b"])
+        n: h[n] + lax.stop_gradient(p[n]["sigma"]) * ((p[n]["g"] * z[n]) @ p[n]["b"])
         for n in cfg.names
     }
+
+
+def routes(cfg: DelveConfig, name: str) -> bool:
+    """Whether a stream has routers: it has stateless sub-layers that a token may do without."""
+    return bool(cfg.ffn_skip and models.FAMILY[dict(cfg.streams)[name].family].MLP)
+
+
+def router(cfg: DelveConfig, p: dict, z_BTr) -> tuple[jax.Array, jax.Array]:
+    """A stream's weights of its FFNs in a superblock -> (weight_BT1, share of the tokens).
+
+    m = 2 sigmoid(z v + c), 1 at step 0 (hybrid.md §10); 0 where m < `ffn_skip`. Both have the
+    gradient of something smooth: of m itself, and of a sigmoid around the threshold.
+    """
+    m = 2 * jax.nn.sigmoid(wide(z_BTr) @ wide(p["skip_v"])[:, None] + wide(p["skip_c"]))
+    hard = lambda x, smooth: smooth + lax.stop_gradient(x - smooth)  # noqa: E731
+    on = m >= cfg.ffn_skip
+    soft = jax.nn.sigmoid((m - cfg.ffn_skip) / SOFT)
+    return hard(jnp.where(on, m, 0), m), hard(on.astype(m.dtype), soft).mean()
 
 
 def features(
@@ -111,9 +141,10 @@ def traced(
     cfg: DelveConfig, params: dict, tokens_BT, state=None, mask_BT=None, segments_BT=None,
     how: models.Compute = models.F32, present_BTK=None, trace: bool = True,
 ):  # fmt: skip
-    """`features` and the streams on the way -> (f, state, {name: h_SBTD}).
+    """`features` and what was on the way -> (f, state, {"h": {name: h_SBTD}, "ffn": {name: [S]}}).
 
-    h_SBTD: the stream at the end of each of the S superblocks, as the hub then reads it.
+    h_SBTD: the stream at the end of each of the S superblocks, as the hub then reads it ("h" is
+    None unless `trace`). ffn: share of the tokens whose FFNs run, of streams with routers.
     """
     S, streams = cfg.n_superblocks, whole(cfg, params)
     h, ctx, book, layers, caches, bounds = {}, {}, {}, {}, {}, {}
@@ -129,14 +160,20 @@ def traced(
     def superblock(h, slot):
         """One superblock; slot = (hub parameters or None, layers and states of every stream)."""
         hub_p, layers_s, caches_s = slot
+        known, share = dict(ctx), {n: jnp.ones(()) for n in cfg.names if routes(cfg, n)}
         if hub_p is not None:
-            h = hub(cfg, hub_p, h, present_BTK)
+            z = heard(cfg, hub_p, h, present_BTK)
+            h = said_to(cfg, hub_p, h, z)
+            for n in share:
+                weight_BT1, share[n] = router(cfg, hub_p[n], z[n])
+                known[n] = {**ctx[n], "ffn_BT1": weight_BT1}
         out = {
-            n: models.run_layers(sub, layers_s[n], h[n], caches_s[n], ctx[n], how)
+            n: models.run_layers(sub, layers_s[n], h[n], caches_s[n], known[n], how)
             for n, sub in cfg.streams
         }
         h = {n: x for n, (x, _) in out.items()}
-        return h, ({n: c for n, (_, c) in out.items()}, h if trace else None)
+        way = {"h": h if trace else None, "ffn": share}
+        return h, ({n: c for n, (_, c) in out.items()}, way)
 
     hubs = params.get("hub")
     if S > 1 and all(sub.n_layers % S == 0 for _, sub in cfg.streams):
@@ -313,6 +350,8 @@ def init_joints(cfg: DelveConfig, key: jax.Array) -> dict:
             }
             for n, sub in cfg.streams
         }
+        for n in filter(lambda n: routes(cfg, n), cfg.names):
+            out["hub"][n] |= {"skip_v": jnp.zeros((S - 1, r)), "skip_c": jnp.zeros((S - 1,))}
     return out
 
 

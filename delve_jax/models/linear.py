@@ -266,3 +266,22 @@ class Norm(nn.Module):
             return rms_norm(x, self.eps, scale)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         return layer_norm({"scale": scale, "bias": bias}, x, self.eps)
+
+
+def routed(ffn: nn.Module, ctx: dict, h_BTD: jax.Array, *more) -> jax.Array:
+    """ffn(h, *more) times a token's weight ctx["ffn_BT1"] where the call has one (`delve.router`).
+
+    Where a call is one token long and no row has a weight, nothing is computed.
+    """
+    weight_BT1 = ctx.get("ffn_BT1")
+    if weight_BT1 is None:
+        return ffn(h_BTD, *more)
+
+    def run(ffn, weight_BT1):
+        y = ffn(h_BTD, *more)
+        return (weight_BT1.astype(y.dtype) * y).astype(h_BTD.dtype)
+
+    if h_BTD.shape[1] > 1:
+        return run(ffn, weight_BT1)
+    none = lambda ffn, weight_BT1: jnp.zeros_like(h_BTD)  # noqa: E731
+    return nn.cond((weight_BT1 > 0).any(), run, none, ffn, weight_BT1)

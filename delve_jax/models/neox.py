@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from ..config import NeoxConfig
 from .attention import angles_and_mask, attend, frequencies, init_caches
-from .linear import Linear, Norm
+from .linear import Linear, Norm, routed
 
 FACTORABLE = ("att/qkv", "att/out", "mlp/up", "mlp/down")
 MLP = ("mlp/up", "mlp/down")  # the last reads the neurons that the others make
@@ -61,9 +61,9 @@ class Block(nn.Module):
         att, state = Attention(cfg, name="att")(ln1(x_BTD), state, ctx)
         mlp = Mlp(cfg, name="mlp")
         if cfg.parallel_residual:
-            return x_BTD + att + mlp(ln2(x_BTD)), state
+            return x_BTD + att + routed(mlp, ctx, ln2(x_BTD)), state
         x_BTD = x_BTD + att
-        return x_BTD + mlp(ln2(x_BTD)), state
+        return x_BTD + routed(mlp, ctx, ln2(x_BTD)), state
 
 
 def init_layers(cfg: NeoxConfig, layers: dict, key: jax.Array) -> dict:

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from ..config import Qwen3Config
 from .attention import angles_and_mask, attend, frequencies, init_caches
-from .linear import Linear, Norm, truncated
+from .linear import Linear, Norm, routed, truncated
 
 FACTORABLE = ("att/q", "att/k", "att/v", "att/o", "mlp/gate", "mlp/up", "mlp/down")
 MLP = ("mlp/gate", "mlp/up", "mlp/down")  # the last reads the neurons that the others make
@@ -65,7 +65,8 @@ class Block(nn.Module):
             Norm("rms", cfg.norm_eps, name="ln1")(x_BTD), state, ctx
         )
         x_BTD = x_BTD + att
-        return x_BTD + Mlp(cfg, name="mlp")(Norm("rms", cfg.norm_eps, name="ln2")(x_BTD)), state
+        h_BTD = Norm("rms", cfg.norm_eps, name="ln2")(x_BTD)
+        return x_BTD + routed(Mlp(cfg, name="mlp"), ctx, h_BTD), state
 
 
 def init_layers(cfg: Qwen3Config, layers: dict, key) -> dict:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..config import RwkvConfig
-from .linear import Linear, Norm, at_least_f32, wide
+from .linear import Linear, Norm, at_least_f32, routed, wide
 from .scan import NEG, starts_of, wkv
 
 FACTORABLE = (
@@ -98,7 +98,8 @@ class Block(nn.Module):
         y, new = TimeMix(cfg, name="att")(h, att, ctx)
         x_BTD = x_BTD + y
         h = keep(Norm("layer", cfg.norm_eps, name="ln2")(x_BTD))
-        x_BTD = x_BTD + ChannelMix(cfg, name="ffn")(h, old["ffn_shift"], ctx["starts_BT"])
+        ffn = ChannelMix(cfg, name="ffn")
+        x_BTD = x_BTD + routed(ffn, ctx, h, old["ffn_shift"], ctx["starts_BT"])
         if state is None:
             return x_BTD, None
         new = {"att_shift": new.pop("shift"), "ffn_shift": h[:, -1], **new}

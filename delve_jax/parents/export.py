@@ -239,6 +239,8 @@ def _card(cfg: Config, facts: dict) -> str:
         joint = f"Connectors: {cfg.connectors}"
         if cfg.connectors != "none":
             joint += f" of rank {cfg.hub_rank}"
+        if cfg.ffn_skip:
+            joint += f"; routers: a token skips FFNs of less weight than {cfg.ffn_skip:g}"
         text.append(f"Superblocks: {cfg.n_superblocks}. {joint}. Head: {head}.")
         if cfg.codes:
             text.append(f"Vocabulary tables that the streams share: {', '.join(cfg.codes)}.")

@@ -1,5 +1,6 @@
 """Objectives, in nats a token: cross-entropy, KL to dense parents (pooled, and each to its stream),
-hidden match; streams and ranks that are left out at random, so that parts of a model are models.
+match; streams and ranks left out at random, so that parts of a model are models; tokens that do
+without an FFN (`delve.router`).
 
 tokens_BT holds T+1 ids: positions 0..T-1 are read, 1..T are predicted. The head runs chunk by chunk
 of T, and its gradient is taken in the forward pass (chunk by chunk too), so that [B, T, V] is never
@@ -24,6 +25,7 @@ from ..models import Compute, delve, elastic
 LOGITS_BYTES = {"cpu": 2**24}  # of one chunk's float32 logits on a device; cache-sized on a CPU
 LOGITS_BYTES_ELSEWHERE = 2**28
 JOINTS = ("hub", "gate", "pool")  # what fusion adds to its parents
+FFN_WEIGHT = 10.0  # of the squared distance to `ffn_share`
 REMAT_ABOVE = 100_000_000  # parameters; below, recomputing layers costs more than it saves
 
 
@@ -146,6 +148,7 @@ class Terms:
     hidden: Weight = 0.0
     stream_drop: float = 0.0  # chance that a sequence does without a stream (one always stays)
     rank_drop: float = 1.0  # least share of all ranks that half the steps go down to (1: none)
+    ffn_share: float = 1.0  # of the tokens that run their FFNs, behind the first hub (1: free)
 
     def at(self, name: str, step, steps: int):
         """Weight of a term at a step, linear between its two ends."""
@@ -176,6 +179,8 @@ class Terms:
             raise DelveError(f"--stream-drop {self.stream_drop}: must lie in [0, 1)")
         if not 0 < self.rank_drop <= 1:
             raise DelveError(f"--rank-drop {self.rank_drop}: must lie in (0, 1]")
+        if not 0 < self.ffn_share <= 1:
+            raise DelveError(f"--ffn-share {self.ffn_share}: must lie in (0, 1]")
         return self
 
 
@@ -260,6 +265,13 @@ def healing(
         terms = dataclasses.replace(terms, ce=1.0, kl=0.0, streams=0.0, hidden=0.0)
     terms.checked()
     hybrid = cfg.family == "delve"
+    if terms.rank_drop < 1 and not any(
+        sub.ranks for sub in (dict(cfg.streams).values() if hybrid else [cfg])
+    ):
+        raise DelveError("--rank-drop: needs factored maps, and this model has none")
+    routed = hybrid and any(delve.routes(cfg, n) for n in cfg.names)
+    if terms.ffn_share < 1 and not routed:
+        raise DelveError("--ffn-share: this model has no routers; make them by `fuse --ffn-skip`")
     matched, hidden = terms.has("streams"), terms.has("hidden")
     if (matched or hidden) and cached:
         raise DelveError(
@@ -341,8 +353,13 @@ def healing(
         chunk = chunk_length(rows or inputs.shape[0], inputs.shape[1], cfg.vocab_size)
         head = models.head_params(cfg, params)
         total, metrics = over_chunks(position_loss, head, f, fixed, xs, chunk)
+        if routed:
+            shares = [share_S[1:] for share_S in way["ffn"].values()]
+            metrics["ffn_share"] = jnp.stack(shares).mean()
+            if terms.ffn_share < 1:
+                total = total + FFN_WEIGHT * (metrics["ffn_share"] - terms.ffn_share) ** 2
         if hidden and cfg.n_superblocks > 1:
-            metrics["hidden"] = hidden_match(way, goal, here)
+            metrics["hidden"] = hidden_match(way["h"], goal["h"], here)
             total = total + terms.at("hidden", step, steps) * metrics["hidden"]
         return total, metrics
 

@@ -104,18 +104,19 @@ def torch_model(cfg, params):
 def ours(cfg, params, settings, tokens):
     """-> (a function that makes one step and returns its loss and gradient norm, compile [s])."""
     mesh = parallel.make_mesh("data=1")
-    step, (abstract, *_, like) = step_of(cfg, (), settings, mesh)
-    tokens = jax.device_put(tokens, like.sharding)
+    step, arguments = step_of(cfg, (), settings, mesh)
+    abstract, _, like, _ = arguments
+    tokens, index = jax.device_put(tokens, like.sharding), np.int32(0)
     optimizer = settings.make_optimizer(settings.steps(settings.row_length(cfg)))
     shard = parallel.shardings(mesh, abstract)
     state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shard)(params)
     start = time.perf_counter()
-    program = step.lower(abstract, (), like).compile()
+    program = step.lower(*arguments).compile()
     seconds = time.perf_counter() - start
 
     def once():
         nonlocal state
-        state, metrics = jax.block_until_ready(program(state, (), tokens))
+        state, metrics = jax.block_until_ready(program(state, (), tokens, index))
         return float(metrics["loss"]), float(metrics["grad_norm"])
 
     return once, seconds

@@ -29,6 +29,7 @@ class DelveConfig(PretrainedConfig):
         hub_rank=8,
         gate_proj=32,
         gate_hidden=64,
+        ffn_skip=0.0,
         codes=(),
         vocab_size=None,
         layout="factored",
@@ -44,6 +45,7 @@ class DelveConfig(PretrainedConfig):
         self.hub_rank = hub_rank
         self.gate_proj = gate_proj
         self.gate_hidden = gate_hidden
+        self.ffn_skip = ffn_skip  # weight below which a token does without an FFN; 0: no routers
         self.codes = list(codes)  # tables, "embed" and "head", that the streams have in common
         self.layout = layout
         self.teachers = list(teachers)

@@ -116,6 +116,16 @@ class Step:
     pad_BT1: torch.Tensor | None  # True where a token is padding; None where none is
     mask_B1TS: torch.Tensor | None = None  # True where a query may look; None: plain causal
     rotary: tuple | None = None  # cos, sin [B, 1, T, r]
+    ffn_BT1: torch.Tensor | None = None  # a token's weight of the superblock's FFNs; None: all 1
+
+    def routed(self, ffn, h_BTD, *more):
+        """ffn(h) times the tokens' weights; one token without any is spared the work."""
+        if self.ffn_BT1 is None:
+            return ffn(h_BTD, *more)
+        if h_BTD.shape[1] == 1 and not self.ffn_BT1.any():
+            return torch.zeros_like(h_BTD)
+        y = ffn(h_BTD, *more)
+        return self.ffn_BT1.to(y.dtype) * y
 
     def zero_padding(self, x_BTC):
         """A padded position must look like "before the text": its inputs are zero."""
@@ -286,7 +296,7 @@ class RwkvBlock(nn.Module):
         step.keep(self.index, state)
         x_BTD = x_BTD + y
         h = step.zero_padding(self.ln2(x_BTD))
-        return x_BTD + self.ffn(h, step.shifted(self.index, h, 1))
+        return x_BTD + step.routed(self.ffn, h, step.shifted(self.index, h, 1))
 
 
 class NeoxAttention(nn.Module):
@@ -345,7 +355,7 @@ class NeoxBlock(nn.Module):
 
     def forward(self, x_BTD, step):
         after = x_BTD + self.att(self.ln1(x_BTD), step)
-        return after + self.mlp(self.ln2(x_BTD if self.parallel else after))
+        return after + step.routed(self.mlp, self.ln2(x_BTD if self.parallel else after))
 
 
 def linear(cfg, name, layer, d_in, d_out, bias=False):
@@ -362,6 +372,7 @@ def neurons(cfg, layer):
 
 
 BLOCKS = {"mamba": MambaBlock, "rwkv": RwkvBlock, "neox": NeoxBlock}
+ROUTED = ("rwkv", "neox")  # families with stateless sub-layers
 
 
 class Expert(nn.Module):
@@ -425,14 +436,21 @@ class Expert(nn.Module):
 
 
 class Hub(nn.Module):
-    """One stream's side of the connectors: reads rms(h) by `a`, writes sigma * (g z) b."""
+    """One stream's side of the connectors: reads rms(h) by `a`, writes sigma * (g z) b.
 
-    def __init__(self, joints, d_model, rank):
+    skip: a token does without the FFNs that its router gives less weight (0: no router).
+    """
+
+    def __init__(self, joints, d_model, rank, skip=0.0):
         super().__init__()
         self.a = nn.Parameter(torch.randn(joints, d_model, rank) / math.sqrt(d_model))
         self.b = nn.Parameter(torch.zeros(joints, rank, d_model))
         self.g = nn.Parameter(torch.ones(joints, rank))
         self.register_buffer("sigma", torch.ones(joints))  # frozen after calibration
+        self.skip = skip
+        if skip:
+            self.skip_v = nn.Parameter(torch.zeros(joints, rank))
+            self.skip_c = nn.Parameter(torch.zeros(joints))
 
     def read(self, h, joint):
         a = self.a[joint]
@@ -440,6 +458,14 @@ class Hub(nn.Module):
 
     def write(self, z, joint):
         return self.sigma[joint].float() * ((self.g[joint] * z) @ self.b[joint]).float()
+
+    def weights(self, z, joint):
+        """Of the FFNs up to the next sync point [B, T, 1] float32, or None without a router."""
+        if not self.skip:
+            return None
+        v, c = self.skip_v[joint].float(), self.skip_c[joint].float()
+        m = 2 * torch.sigmoid(z.float() @ v[:, None] + c)
+        return torch.where(m >= self.skip, m, 0.0)
 
 
 class Gate(nn.Module):
@@ -505,6 +531,9 @@ class DelvePreTrainedModel(PreTrainedModel):
             init.zeros_(module.b)  # with the gate's w2, what makes a fresh DELVE a plain pool
             init.ones_(module.g)
             init.ones_(module.sigma)
+            if module.skip:
+                init.zeros_(module.skip_v)
+                init.zeros_(module.skip_c)
         elif isinstance(module, Gate):
             init.zeros_(module.w2.weight)
         elif isinstance(module, DelveForCausalLM):
@@ -541,7 +570,10 @@ class DelveForCausalLM(DelvePreTrainedModel, GenerationMixin):
             self.pool = nn.Parameter(torch.zeros(len(streams)))
         if config.n_superblocks > 1 and config.connectors != "none":
             joints = config.n_superblocks - 1
-            self.hub = nn.ModuleList(Hub(joints, d, config.hub_rank) for d in widths)
+            skips = [config.ffn_skip * (stream["family"] in ROUTED) for stream in streams]
+            self.hub = nn.ModuleList(
+                Hub(joints, d, config.hub_rank, skip) for d, skip in zip(widths, skips, strict=True)
+            )
         if config.gate_proj:
             outputs = len(streams) + (config.latents if self.pools_mixed() else 0)
             self.gate = Gate(widths, config.gate_proj, config.gate_hidden, outputs)
@@ -623,6 +655,8 @@ class DelveForCausalLM(DelvePreTrainedModel, GenerationMixin):
                 said = [hub.read(x, s - 1) for hub, x in zip(self.hub, h, strict=True)]
                 heard = self.heard(said)
                 h = [x + hub.write(z, s - 1) for hub, x, z in zip(self.hub, h, heard, strict=True)]
+                for hub, z, step in zip(self.hub, heard, steps, strict=True):
+                    step.ffn_BT1 = hub.weights(z, s - 1)
             for k, expert in enumerate(self.streams):
                 for block in expert.layers[bounds[k][s] : bounds[k][s + 1]]:
                     h[k] = block(h[k], steps[k])
