@@ -1,6 +1,6 @@
 """Objectives, in nats a token: cross-entropy, KL to dense parents (pooled, and each to its stream),
-match; streams and ranks left out at random, so that parts of a model are models; tokens that do
-without an FFN (`delve.router`).
+hidden match; streams and ranks left out at random, so that parts of a model are models; tokens
+that do without an FFN (`delve.router`).
 
 tokens_BT holds T+1 ids: positions 0..T-1 are read, 1..T are predicted. The head runs chunk by chunk
 of T, and its gradient is taken in the forward pass (chunk by chunk too), so that [B, T, V] is never
