@@ -115,6 +115,8 @@ def parser() -> Parser:
     p.add_argument("--calibrate-tokens", type=int, default=65536)
     p.add_argument("--refine-tokens", type=int, default=0, metavar="N",
                    help="then train it on N distinct tokens of that text")  # fmt: skip
+    p.add_argument("--refine-written", type=int, default=4, metavar="X",
+                   help="and on X N tokens that the parent writes itself (4)")  # fmt: skip
     p.add_argument(
         "--storage", default="uv", help="uv, pivot (fewer numbers) or int8 (fewer bytes)"
     )

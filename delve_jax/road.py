@@ -18,7 +18,7 @@ import numpy as np
 from . import checkpoint, data, parallel, parents
 from . import compress as compression
 from . import fuse as fusion
-from .compress.refine import refine
+from .compress.refine import WRITTEN, refine
 from .compress.storage import convert as convert_storage
 from .config import STORAGES, Config, DelveError, read_json
 from .look import info, texts_of
@@ -141,6 +141,7 @@ def compress(
     documents: Sequence[str] | None = None,
     calibrate_tokens: int = 65536,
     refine_tokens: int = 0,
+    refine_written: int = WRITTEN,
     storage: str = "uv",
     seed: int = 0,
     overwrite: bool = False,
@@ -149,19 +150,23 @@ def compress(
 
     calibrate: text files, or `documents` themselves. refine_tokens: train what is left, towards
     the dense parent, on so many distinct tokens of that text in several passes (the calibration
-    tokens are among them). storage: the form of the factors in DST (pivot and int8 are for running,
-    not for training). Without these two the parent is read layer by layer from its files, and
-    memory does not depend on its depth. Leaves DST/compress.json (ranks, errors, divergence),
-    DST/compress.png and DST/spectra.npz (sigma^2 of every map). A killed call goes on where it was,
-    layer by layer. DelveError: a ratio that cannot be met (says which can).
+    tokens are among them) and on refine_written times as many that the parent writes. storage: the
+    form of the factors in DST (pivot and int8 are for running, not for training). Without these two
+    the parent is read layer by layer from its files, and memory does not depend on its depth.
+    Leaves DST/compress.json (ranks, errors, divergence), DST/compress.png and DST/spectra.npz
+    (sigma^2 of every map). A killed call goes on where it was, layer by layer. DelveError: a ratio
+    that cannot be met (says which can).
     """
     command = {"verb": "compress", "src": src, "keep": keep, "budget": budget, "method": method,
                "calibrate": list(map(str, calibrate)), "calibrate_tokens": calibrate_tokens,
-               "refine_tokens": refine_tokens, "storage": storage,
+               "refine_tokens": refine_tokens, "refine_written": refine_written,
+               "storage": storage,
                "data_hash": data.data_hash(documents) if documents else None,
                "seed": seed}  # fmt: skip
     if method not in compression.METHODS:
         raise DelveError(f"--method {method}: available are {', '.join(compression.METHODS)}")
+    if refine_written < 0:
+        raise DelveError(f"--refine-written {refine_written}: must not be below 0")
     if storage not in STORAGES:
         raise DelveError(f"--storage {storage}: choose one of {', '.join(STORAGES)}")
     if begin(dst, command, overwrite):
@@ -199,8 +204,9 @@ def compress(
         rows = refinement_rows(cfg, tokenizer, documents, refine_tokens, seed)
         tok = data.load_tokenizer(tokenizer, cfg.vocab_size)
         params, facts["refine"] = refine(
-            cfg, params, dense, rows, workdir=partial_of(dst), eot=data.eot_of(tok), seed=seed
-        )
+            cfg, params, dense, rows, workdir=partial_of(dst), eot=data.eot_of(tok), seed=seed,
+            written=refine_written,
+        )  # fmt: skip
     cfg, params = convert_storage(cfg, params, storage)
     facts |= {"dtype_after": cfg.dtype, "parameter_bytes_after": parameter_bytes(cfg)}
     spectra = {k.replace("/", "."): v for k, v in report.spectra.items()}
@@ -210,7 +216,7 @@ def compress(
     if facts["maps"]:
         ranks_picture(facts, spectra, partial_of(dst) / "compress.png")
     checkpoint.save(dst, cfg, params, tokenizer, overwrite, {"compress.json": facts},
-                    served=("work", "state"))  # fmt: skip
+                    served=("work", "state", "written"))  # fmt: skip
     return {"path": str(dst), **info(dst)}
 
 

@@ -57,9 +57,33 @@ def test_it_comes_closer_to_the_parent_on_other_text(dense, tmp_path):
     before, after = distance(small), distance(trained)
     assert len(held) > 20 and after < 0.9 * before, (before, after)
     assert report["passes"] == refine.PASSES and report["distinct_tokens"] == rows.size
-    assert report["steps"] == -(-refine.PASSES * len(rows) // report["batch"])
+    assert report["written_tokens"] == refine.WRITTEN * rows.size
+    assert report["steps"] == -(-(refine.PASSES + refine.WRITTEN) * len(rows) // report["batch"])
     assert report["objective"] == "kl" and report["teacher_weights"] == [1.0]
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["kl"] > 0
+
+
+def test_what_the_parent_writes_begins_like_the_text_and_is_written_once(dense, tmp_path):
+    rows = rows_of(600)
+    file = tmp_path / "rows.npy"
+    own = refine.write(CFG, dense, rows, 2, 5, file)
+    assert own.shape == (2 * len(rows), rows.shape[1]) and own.dtype == np.int32
+    text = TEXT[0].encode()
+    starts = [bytes(r[: refine.PROMPT].astype(np.uint8)) for r in own]
+    assert all(s in text for s in starts) and len(set(starts)) > len(own) / 2
+    ends = own[:, refine.PROMPT :]
+    assert 0 <= ends.min() and ends.max() < CFG.vocab_size and len(np.unique(ends)) > 40
+    # sampled from the parent: its own ids are likelier to it than others
+    logits = models.forward(CFG, dense, jnp.asarray(own[:, :-1]))[0]
+    nll = objective.cross_entropy(logits, jnp.asarray(own[:, 1:]))[:, refine.PROMPT :].mean()
+    entropy = objective.kl(logits, jnp.zeros_like(logits))[:, refine.PROMPT :].mean()
+    assert abs(float(nll) - (np.log(CFG.vocab_size) - float(entropy))) < 0.15
+    stamp = file.stat().st_mtime_ns
+    np.testing.assert_array_equal(refine.write(CFG, dense, rows, 2, 5, file), own)
+    assert file.stat().st_mtime_ns == stamp
+    np.testing.assert_array_equal(refine.write(CFG, dense, rows, 2, 5, tmp_path / "b.npy"), own)
+    assert (refine.write(CFG, dense, rows, 2, 6, tmp_path / "c.npy") != own).any()
+    assert refine.write(CFG, dense, rows, 0, 5, tmp_path / "d.npy").shape == (0, rows.shape[1])
 
 
 def test_verb_killed_while_refining_goes_on_to_the_same_bits(dense, tmp_path, monkeypatch):

@@ -2,33 +2,44 @@
 
 All weights move (factors, tables, biases, norms); the loss is KL(dense || compressed) alone. The
 teacher's whole distribution at every position lets the same text be read several times, where
-next-token labels would be learned by heart (experiments/refinement.py). rows_NT: N windows of T + 1
-ids: positions 0..T-1 are read, 1..T predicted.
+next-token labels would be learned by heart; beside it stands text that the parent wrote itself
+(as LLM-QAT does, arXiv 2305.17888), which costs none. Chosen by experiments/refinement.py.
+rows_NT: N windows of T + 1 ids: positions 0..T-1 are read, 1..T predicted.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import data, parallel
-from ..config import ParentConfig
-from ..train import run
-from ..train.objective import Terms
+from .. import data, models, parallel
+from ..config import ParentConfig, read_json
+from ..lm import LM
+from ..metrics import progress
+from ..train import objective, run
 
-PASSES = 4  # over the rows
+PASSES = 4  # over the text
+WRITTEN = 4  # rows that the parent writes, times those of the text; each is read once
+RATE = 1.6e-3  # of the learning rate, times the root of the divergence
+PROMPT, WRITERS = 8, 64  # ids of the text that a written row begins with; rows written at a time
+FIRST = 64  # rows on which the divergence before training is measured
 
 
-def settings_for(rows_NT: np.ndarray, seed: int, passes: int = PASSES) -> run.Settings:
-    """The choices of a refinement, made by experiments/refinement.py on the choose split."""
+def settings_for(rows_NT: np.ndarray, seed: int, divergence: float) -> run.Settings:
+    """One pass over all rows, the text's repeated among them.
+
+    divergence: KL of the parent from its compressed form [nats a token]. The rate falls with its
+    root: steps of a large one would cost a parent that lost little more than it can win.
+    """
     N, width = rows_NT.shape
     T = width - 1
     return run.Settings(
-        tokens=passes * N * T, window=T, lr=1e-3, weight_decay=0.0, warmup=0.05, decay=0.5,
-        seed=seed,
+        tokens=N * T, window=T, lr=min(1e-3, RATE * divergence**0.5), weight_decay=0.0,
+        warmup=0.05, decay=0.5, seed=seed,
     )  # fmt: skip
 
 
@@ -42,19 +53,75 @@ def refine(
     eot: int | None = None,
     seed: int = 0,
     passes: int = PASSES,
+    written: int = WRITTEN,
 ) -> tuple[dict, dict]:
     """-> (trained parameters, report); an interrupted call goes on from `workdir`, bit for bit.
 
-    dense: (config, parameters) of the parent. eot: the id that opens a document; what comes before
-    one is not seen after it. seed: of the order of the rows, anew in each pass.
+    What it needs for that is in the folders `state` and `written`. dense: (config, parameters) of
+    the parent. eot: the id that opens a document; what comes before one is not seen after it. seed:
+    of the order of the rows and of what the parent writes.
     """
+    notes = workdir / "written"
+    notes.mkdir(parents=True, exist_ok=True)
+    own_NT = write(*dense, rows_NT, written, seed, notes / "rows.npy")
+    all_NT = np.concatenate([np.asarray(rows_NT)] * passes + [own_NT])
+    divergence = _divergence(cfg, params, dense, rows_NT[:FIRST], notes / "divergence.json")
 
     def open_data(T, batch, shard, shards):
-        return data.batches(rows_NT, batch, seed, shard, shards)
+        return data.batches(all_NT, batch, seed, shard, shards)
 
     params, report = run.heal(
         cfg, lambda: jax.tree.map(jnp.copy, params),  # a step donates, and may share with `dense`
-        open_data, [dense], settings_for(rows_NT, seed, passes), mesh=parallel.make_mesh(None),
-        workdir=workdir, eot=eot, terms=Terms(ce=0.0, kl=1.0), weights=[1.0],
+        open_data, [dense], settings_for(all_NT, seed, divergence), mesh=parallel.make_mesh(None),
+        workdir=workdir, eot=eot, terms=objective.Terms(ce=0.0, kl=1.0), weights=[1.0],
     )  # fmt: skip
-    return params, report | {"passes": passes, "distinct_tokens": int(rows_NT.size)}
+    return params, report | {
+        "passes": passes, "distinct_tokens": int(rows_NT.size), "written_tokens": int(own_NT.size),
+        "divergence_before": divergence,
+    }  # fmt: skip
+
+
+def write(cfg, params, rows_NT, times: int, seed: int, file: Path) -> np.ndarray:
+    """`times` N rows [.., T + 1] of the parent's own text, sampled as it is; kept in `file`."""
+    N, width = rows_NT.shape
+    rows_NT, wanted = np.asarray(rows_NT, np.int32), times * N
+    if not times or width <= PROMPT:
+        return np.zeros((0, width), np.int32)
+    if file.exists():
+        return np.load(file)
+    rng, model, out = np.random.default_rng(seed), LM(cfg, params), []
+    with progress(wanted * width, "write", "token", hide=wanted * width < 10_000) as bar:
+        for i in range(0, wanted, WRITERS):
+            row_B = rng.integers(0, N, WRITERS)
+            at_BP = rng.integers(0, width - PROMPT, WRITERS)[:, None] + np.arange(PROMPT)
+            made = model.generate(
+                rows_NT[row_B[:, None], at_BP], width - PROMPT, temperature=1.0,
+                seed=seed * 1_000_003 + i,
+            )  # fmt: skip
+            out.append(np.asarray(made, np.int32)[: wanted - i])
+            bar.update(out[-1].size)
+    half = file.with_suffix(".writing")
+    with half.open("wb") as handle:
+        np.save(handle, np.concatenate(out))
+    half.replace(file)
+    return np.load(file)
+
+
+def _divergence(cfg, params, dense, rows_NT, file: Path) -> float:
+    """Mean KL(dense || compressed) on some rows, nats a token; kept: a repeated call reads it."""
+    if file.exists():
+        return read_json(file)["kl"]
+
+    @jax.jit
+    def measured(theirs, ours, rows_BT):
+        logits = (
+            models.forward(c, p, rows_BT[:, :-1])[0] for c, p in ((dense[0], theirs), (cfg, ours))
+        )
+        return objective.kl(*logits).mean()
+
+    parts = [measured(dense[1], params, rows_NT[i : i + 1]) for i in range(len(rows_NT))]
+    value = float(np.mean(parts))
+    half = file.with_suffix(".writing")
+    half.write_text(json.dumps({"kl": value}))
+    half.replace(file)
+    return value
