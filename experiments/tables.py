@@ -132,10 +132,10 @@ def refinement() -> str:
     """Compressed proxies after their short distillation, and the ways that were compared."""
     r = json.loads((RESULTS / "refinement.json").read_text())
     lines = [
-        f"Keep {r['keep']}, nats per token on {r['scored']:,} report tokens, mean of "
-        f"{len(r['seeds'])} seeds; refined in {r['passes']} passes over at most {r['tokens']:,} "
-        f"distinct tokens (5 % of the proxy's {r['trained_on']:,}; the calibration tokens are "
-        "among them):",
+        f"Keep {r['keep']}, nats per token on {r['scored']:,} report tokens, mean of the seeds; "
+        f"refined in {r['passes']} passes over at most {r['tokens']:,} distinct tokens (5 % of the "
+        f"proxy's {r['trained_on']:,}; the calibration tokens are among them) and one over "
+        f"{r['written']} times as many that the parent wrote:",
         "",
         "| parent (dense) | compressed | refined | recovered (each seed) | nats left |",
         "|---|---:|---:|---:|---:|",

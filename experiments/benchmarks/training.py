@@ -3,8 +3,8 @@
 taskset -c 0,1 python experiments/benchmarks/training.py [--only NAME ...] [--repeats 7]
 Two CPU cores. Other work starves PyTorch's OpenMP threads, so a row taken under load (its `load`
 above 3) reads too high: repeat it. Ratio to PyTorch eager, quiet: neox 0.83 (2 x 256), 0.81
-(1 x 1024); qwen3 0.89, 0.86; rwkv 1.7, 2.7. Under light load: mamba 2 x 256 72 (transformers has
-no kernel on a CPU). What the attention families still lose is in XLA's CPU products: forward
+(1 x 1024); qwen3 0.89, 0.86; rwkv 1.7, 2.7; mamba 49, 94 (transformers has no kernel on a CPU).
+What the attention families still lose is in XLA's CPU products: forward
 ones run at 0.85 to 0.95 of PyTorch's rate, those for weight gradients at 0.7 and the small batched
 ones of attention at 0.5 (512 rows, d 512). Tried beside the plain step, neox 2 x 256: weight
 gradients from a transposed copy, the scan over layers unrolled, both, malloc without mmap, XLA's
