@@ -24,7 +24,7 @@ from ..train import objective, run
 
 PASSES = 4  # over the text
 WRITTEN = 4  # rows that the parent writes, times those of the text; each is read once
-RATE = 1.6e-3  # of the learning rate, times the root of the divergence
+RATE = 2.5e-3  # of the learning rate, times the root of the divergence; at most 1e-3
 PROMPT, WRITERS = 8, 64  # ids of the text that a written row begins with; rows written at a time
 FIRST = 64  # rows on which the divergence before training is measured
 
