@@ -29,8 +29,14 @@ TEXT = np.random.default_rng(0).integers(0, V, size=(2, T))
 
 
 @functools.cache
-def jitted(cfg):
-    return jax.jit(functools.partial(models.forward, cfg))
+def whole(cfg):
+    """jit of params -> (logits, what was on the way)."""
+
+    def run(params):
+        f, _, way = delve.traced(cfg, params, TEXT)
+        return delve.head(cfg, params, f), way
+
+    return jax.jit(run)
 
 
 def without_routers(params):
@@ -38,7 +44,7 @@ def without_routers(params):
     return params | {"hub": {n: keep(p) for n, p in params["hub"].items()}}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def params(randomised):
     """Routers at work: of either kind of stream some tokens are spared and some are not."""
     out = randomised(CFG, 1)
@@ -48,94 +54,70 @@ def params(randomised):
     return out
 
 
-def shares(cfg, params):
-    return delve.traced(cfg, params, TEXT)[2]["ffn"]
-
-
-def test_at_step_0_they_do_nothing(randomised):
-    params = randomised(PLAIN, 1)
+def test_at_step_0_they_do_nothing(params):
+    bare = without_routers(params)
     fresh = delve.init_joints(CFG, jax.random.key(0))["hub"]
     assert {n for n, p in fresh.items() if "skip_v" in p} == {"r", "n"}  # mamba has no FFN
     routed = {n: p | {k: fresh[n][k] for k in fresh[n] if k.startswith("skip")}
-              for n, p in params["hub"].items()}  # fmt: skip
-    got = jitted(CFG)(params | {"hub": routed}, TEXT)[0]
-    np.testing.assert_allclose(got, jitted(PLAIN)(params, TEXT)[0], rtol=0, atol=1e-6)
+              for n, p in bare["hub"].items()}  # fmt: skip
+    got, way = whole(CFG)(bare | {"hub": routed})
+    np.testing.assert_allclose(got, whole(PLAIN)(bare)[0], rtol=0, atol=1e-6)
+    assert all((np.asarray(share_S) == 1).all() for share_S in way["ffn"].values())
 
 
 def test_weights_by_hand(params):
     """2 sigmoid(z v + c), 0 below the threshold, at each stream's FFN behind the hub alone."""
-    seen = {}
+    (_, before), (_, way) = whole(PLAIN)(without_routers(params)), whole(CFG)(params)
+    h = {q: np.asarray(x[0], np.float64) for q, x in before["h"].items()}
+    rms = lambda x: x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)  # noqa: E731
+    hub = jax.tree.map(lambda a: np.asarray(a[0], np.float64), params["hub"])
+    z = sum(rms(h[q]) @ hub[q]["a"] for q in h)
     for n, sub in STREAMS[1:]:
-        bare = without_routers(params)
-        _, _, way = delve.traced(PLAIN, bare, TEXT)
-        h = {q: np.asarray(x[0], np.float64) for q, x in way["h"].items()}
-        rms = lambda x: x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)  # noqa: E731
-        hub = jax.tree.map(lambda a: np.asarray(a[0], np.float64), params["hub"])
-        z = sum(rms(h[q]) @ hub[q]["a"] for q in h)
         m = 2 / (1 + np.exp(-(z @ hub[n]["skip_v"] + hub[n]["skip_c"])))
-        want, share = np.where(m >= 0.9, m, 0), (m >= 0.9).mean()
+        share = (m >= 0.9).mean()
         p = jax.tree.map(lambda a: a[0], params["hub"][n])
         got, mean = delve.router(CFG, p, jnp.asarray(z, jnp.float32))
-        np.testing.assert_allclose(got[..., 0], want, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(got[..., 0], np.where(m >= 0.9, m, 0), rtol=0, atol=1e-5)
         assert float(mean) == pytest.approx(share) and 0.1 < share < 0.9
-        seen[n] = share
+        share_S = way["ffn"][n]
+        assert share_S[0] == 1 and float(share_S[1]) == pytest.approx(share, abs=1e-6)
         # the block itself: x + att, and then the weighted FFN
         layer = jax.tree.map(lambda a: a[1], params["streams"][n]["layers"])
-        family = models.FAMILY[sub.family]
-        x = jnp.asarray(h[n], jnp.float32)
-        ctx, _ = family.context(sub, x)
-        weights = (jnp.ones_like(got), jnp.zeros_like(got), got)
-        ones, none, each = (
-            family.Block(sub).apply({"params": layer}, x, None, ctx | {"ffn_BT1": w})[0]
-            for w in weights
-        )
-        plain = family.Block(sub).apply({"params": layer}, x, None, ctx)[0]
-        np.testing.assert_allclose(plain, ones, rtol=0, atol=1e-5)
+        block, x = models.FAMILY[sub.family], jnp.asarray(h[n], jnp.float32)
+        run = jax.jit(functools.partial(weighted, block, sub))
+        ones, none, each = (run(layer, x, w) for w in (jnp.ones_like(got), 0 * got, got))
         np.testing.assert_allclose(each, none + got * (ones - none), rtol=0, atol=1e-4)
-    for n, share_S in shares(CFG, params).items():
-        assert share_S[0] == 1 and float(share_S[1]) == pytest.approx(seen[n], abs=1e-6)
+        assert np.abs(np.asarray(ones - none)).max() > 0.1
+
+
+def weighted(family, sub, layer, x_BTD, weight_BT1):
+    ctx = family.context(sub, x_BTD)[0] | {"ffn_BT1": weight_BT1}
+    return family.Block(sub).apply({"params": layer}, x_BTD, None, ctx)[0]
 
 
 def test_steps_equal_the_whole_text(params):
     """One token at a time takes the branch that computes nothing; the token shift is kept."""
-    model = lm.LM(CFG, params)
-    want = np.asarray(model.logits(TEXT))
-    for rows in (slice(0, 1), slice(0, 2)):
-        state, parts = model.init_state(len(TEXT[rows]), T), []
-        for t in range(T):
-            logits, state = model.step(TEXT[rows, t : t + 1], state)
-            parts.append(np.asarray(logits))
-        np.testing.assert_allclose(np.concatenate(parts, 1), want[rows], rtol=0, atol=1e-4)
+    model, want = lm.LM(CFG, params), np.asarray(whole(CFG)(params)[0])
+    state, parts = model.init_state(len(TEXT), T), []
+    for t in range(T):
+        logits, state = model.step(TEXT[:, t : t + 1], state)
+        parts.append(np.asarray(logits))
+    np.testing.assert_allclose(np.concatenate(parts, 1), want, rtol=0, atol=1e-4)
 
 
-def test_heal_brings_the_share_down(randomised):
-    """Its penalty is the squared distance; a few steps of descent on it alone lower the share."""
-    params = randomised(CFG, 1)
-    for n in ("r", "n"):
-        params["hub"][n] |= {"skip_v": jnp.zeros((1, 4)), "skip_c": jnp.zeros(1)}
+def test_heal_is_fined_for_the_share(params):
+    """Loss: nll + the fine; its slope moves routers towards the share that was asked for."""
     rows = np.random.default_rng(1).integers(0, V, size=(2, T + 1))
-    free = objective.healing(CFG, (), Terms(ce=1.0, kl=0.0))
-    held = objective.healing(CFG, (), Terms(ce=1.0, kl=0.0, ffn_share=0.5))
-
-    @jax.jit
-    def both(params):
-        return [loss(params, (), rows) for loss in (free, held)]
-
-    (a, one), (b, two) = both(params)
-    assert float(one["ffn_share"]) == float(two["ffn_share"]) == 1
-    assert float(b - a) == pytest.approx(objective.FFN_WEIGHT * 0.25, rel=1e-4)
-    slope = jax.jit(jax.grad(lambda p: objective.FFN_WEIGHT * (_mean(p) - 0.5) ** 2))
-    for _ in range(40):
-        grads = slope(params)["hub"]
-        for n in ("r", "n"):
-            for k in ("skip_v", "skip_c"):
-                params["hub"][n][k] = params["hub"][n][k] - 0.05 * grads[n][k]
-    assert 0.2 < float(both(params)[0][1]["ffn_share"]) < 0.8
-
-
-def _mean(params):
-    share = delve.traced(CFG, params, TEXT, trace=False)[2]["ffn"]
-    return jnp.stack([x[1:] for x in share.values()]).mean()
+    terms = Terms(ce=1.0, kl=0.0, ffn_share=0.2)
+    loss, got = jax.jit(objective.healing(CFG, (), terms))(params, (), rows)
+    fine = objective.FFN_WEIGHT * (float(got["ffn_share"]) - 0.2) ** 2
+    assert float(loss) == pytest.approx(float(got["nll"]) + fine, rel=1e-5) and fine > 0.01
+    z = jnp.asarray(np.random.default_rng(3).normal(size=(2, T, 4)), jnp.float32)
+    p = {"skip_v": jnp.zeros(4), "skip_c": jnp.zeros(())}
+    slope = jax.jit(jax.grad(lambda p: (delve.router(CFG, p, z)[1] - 0.2) ** 2))
+    for _ in range(100):
+        p = jax.tree.map(lambda a, g: a - 0.5 * g, p, slope(p))
+    assert abs(float(delve.router(CFG, p, z)[1]) - 0.2) < 0.1
 
 
 def test_subsets_keep_their_routers(params):
@@ -151,7 +133,7 @@ def test_export_has_them(params, tmp_path):
     checkpoint.save(tmp_path / "c", CFG, params)
     assert export_hf(tmp_path / "c", tmp_path / "hf")["verified"]
     hf = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
-    want = np.asarray(jitted(CFG)(params, TEXT)[0])
+    want = np.asarray(whole(CFG)(params)[0])
     with torch.no_grad():
         got = hf(torch.tensor(TEXT)).logits.numpy()
         steps, cache = [], None
