@@ -237,6 +237,31 @@ def _table(head: tuple, rows: list[tuple]) -> list[str]:
     return lines + [f"| {' | '.join(row)} |" for row in rows]
 
 
+def hybrid_diversity() -> str:
+    """What pools of the dense parents gain over the best of them."""
+    r = json.loads((RESULTS / "hybrid_diversity.json").read_text())
+    K, pools = len(r["names"]), ("even pool", "fitted pool", "fitted mixture")
+    best = min(r["names"], key=lambda n: r["nll"][n])
+    rows = [(x["source"], f"{x['tokens']:,}", f"{min(x['nll'][n] for n in r['names']):.4f}",
+             *(f"{x['gain'][p]:+.4f}" for p in pools)) for x in r["rows"]]  # fmt: skip
+    gain = {p: r["nll"][best] - r["nll"][p] for p in pools}
+    rows.append(("**all**", f"{r['tokens']:,}", f"{r['nll'][best]:.4f} ({best})",
+                 *(f"{gain[p]:+.4f}" for p in pools)))  # fmt: skip
+    weights = ", ".join(
+        f"{n} {w:.2f}" for n, w in zip(r["names"], r["weights"]["fitted pool"], strict=True)
+    )
+    pairs = [(r["kl"][i][j], r["names"][i], r["names"][j])
+             for i in range(K) for j in range(K) if i != j]  # fmt: skip
+    low, high = min(pairs), max(pairs)
+    return "\n".join([
+        "Nats a token that a pool gains over the best single parent of the same text:", "",
+        *_table(("text", "tokens", "best parent", *pools), rows), "",
+        f"Weights of the fitted (log-linear) pool: {weights}. KL between two parents: "
+        f"{low[0]:.2f} ({low[1]} to {low[2]}) to {high[0]:.2f} ({high[1]} to {high[2]}) nats a "
+        f"token; their losses correlate at {min(min(c) for c in r['correlation']):.2f} or more.",
+    ])  # fmt: skip
+
+
 def ladder() -> str:
     """Our own ladder: what was forecast, and what came."""
     r = json.loads((RESULTS / "ladder.json").read_text())
@@ -283,7 +308,7 @@ def tiers() -> str:
 
 BLOCKS = (
     quickstart, proxies, interruption, sharding, training, optimisers, compression, shared_tables,
-    compress_memory, delphi, ladder, tiers,
+    refinement, compress_memory, hybrid_diversity, delphi, ladder, tiers,
 )  # fmt: skip
 
 

@@ -29,7 +29,6 @@ FORMS = {
         CFG, latents=2, connectors="cross", codes=("embed", "head"),
         streams=tuple((n, dataclasses.replace(s, ranks=CODES)) for n, s in STREAMS),
     ),
-    "J=1, self": dataclasses.replace(CFG, connectors="self"),
 }  # fmt: skip
 TEXT = np.random.default_rng(0).integers(0, V, size=(2, T))
 
@@ -52,7 +51,7 @@ def log_p(logits):
     return np.asarray(jax.nn.log_softmax(logits))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["J=1", "J=2, codes, cross", "J=K"])
 @pytest.mark.parametrize("names", [("n", "m"), ("r",)])
 def test_a_subset_is_the_whole_model_whose_other_streams_are_absent(form, names, randomised):
     """Cut out, or masked as in stream-drop: the same distribution; and a model of its own."""
@@ -156,7 +155,7 @@ def test_two_latents_are_a_mixture_of_two_pools(randomised):
 
     cfg = FORMS["J=2"]
     params = randomised(cfg, 6)
-    f, _ = delve.features(cfg, params, TEXT)
+    f, _ = jax.jit(functools.partial(delve.features, cfg))(params, TEXT)
     ell = np.stack([np.asarray(x, np.float64) for x in delve.stream_logits(cfg, params, f)], -2)
     rms = lambda x: x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)  # noqa: E731
     g = jax.tree.map(lambda a: np.asarray(a, np.float64), params["gate"])
@@ -191,7 +190,7 @@ def trimmed(cfg, params):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("share", [0.25, 0.6, 1.0])
+@pytest.mark.parametrize("share", [0.25, 1.0])
 def test_a_smaller_checkpoint_is_the_masked_one(share, randomised):
     """What rank-drop trains is what `--keep` loads, and the budget is kept."""
     params = trimmed(ELASTIC, randomised(ELASTIC, 7))
