@@ -237,6 +237,21 @@ def _table(head: tuple, rows: list[tuple]) -> list[str]:
     return lines + [f"| {' | '.join(row)} |" for row in rows]
 
 
+def generation() -> str:
+    """Tokens a second of factored models beside their dense parents."""
+    r = json.loads((RESULTS / "generate_cpu.json").read_text())
+    rows = [
+        (f"{x['parent']}, {x['layers']} layers", x["form"], f"{x['parameters'] / 1e6:.1f} M",
+         f"{x['parameter_bytes'] / 1e6:.0f} MB", f"{x['tokens_per_second']:.1f}",
+         f"{x['ratio']:.2f}")
+        for x in r["rows"]
+    ]  # fmt: skip
+    return "\n".join([
+        f"Batch 1, keep {r['keep']} of all parameters, float32, one CPU core:", "",
+        *_table(("parent", "form", "parameters", "size", "tokens/s", "times dense"), rows),
+    ])  # fmt: skip
+
+
 def hybrid_diversity() -> str:
     """What pools of the dense parents gain over the best of them."""
     r = json.loads((RESULTS / "hybrid_diversity.json").read_text())
@@ -308,7 +323,7 @@ def tiers() -> str:
 
 BLOCKS = (
     quickstart, proxies, interruption, sharding, training, optimisers, compression, shared_tables,
-    refinement, compress_memory, hybrid_diversity, delphi, ladder, tiers,
+    refinement, generation, compress_memory, hybrid_diversity, delphi, ladder, tiers,
 )  # fmt: skip
 
 

@@ -1,12 +1,12 @@
 """How many tokens a second does a compressed model generate, beside its dense parent?
 
-taskset -c 0,1 python experiments/benchmarks/generate.py [--only NAME ...] [--repeats 7]
+taskset -c 0 python experiments/benchmarks/generate.py [--only NAME ...] [--repeats 7]
 Batch 1, greedy, 32 tokens of prompt and 64 new ones, float32, keep 0.25 of all parameters: factors
 (uv), the same in the pivot form and in int8. Published widths and vocabulary, fewer layers; the
 parents' weights are 0.6 to 1.0 GB, so that a token's time is that of reading them. Weights are
 random: only shapes matter here, and pivot is checked to give the tokens of uv. All forms of a
-family take turns in one process; medians. Result: not yet recorded (a try on one quiet core: uv 4.3
-to 4.8, pivot 4.5 to 4.9, int8 5.5 to 6.0 times the dense parent).
+family take turns in one process; medians. Result, on one core: uv 4.0 to 5.0, pivot 4.1 to 5.1,
+int8 5.1 to 5.8 times the dense parent (bar: 2.5).
 What the loop still loses, all forms alike: the scan over layers copies each layer's weights before
 it reads them (12 GB/s here; 19 where every layer is an array of its own, which would compile every
 layer anew and hold the weights twice); int8 is widened to float32 one map at a time, the head's
@@ -102,7 +102,7 @@ def main():
         result = {
             "command": "python " + " ".join(sys.argv), "versions": versions(), "seed": 0,
             "keep": KEEP, "prompt": PROMPT, "new": NEW, "repeats": flags.repeats, "bar": BAR,
-            "machine": {"device": jax.devices()[0].device_kind, "cores": os.cpu_count()},
+            "machine": {"device": jax.devices()[0].device_kind, "cores": len(os.sched_getaffinity(0))},
             "rows": rows,
         }  # fmt: skip
         flags.out.parent.mkdir(parents=True, exist_ok=True)
