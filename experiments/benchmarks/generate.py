@@ -102,7 +102,8 @@ def main():
         result = {
             "command": "python " + " ".join(sys.argv), "versions": versions(), "seed": 0,
             "keep": KEEP, "prompt": PROMPT, "new": NEW, "repeats": flags.repeats, "bar": BAR,
-            "machine": {"device": jax.devices()[0].device_kind, "cores": len(os.sched_getaffinity(0))},
+            "machine": {"device": jax.devices()[0].device_kind,
+                        "cores": len(os.sched_getaffinity(0))},
             "rows": rows,
         }  # fmt: skip
         flags.out.parent.mkdir(parents=True, exist_ok=True)
