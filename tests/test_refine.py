@@ -63,10 +63,12 @@ def test_it_comes_closer_to_the_parent_on_other_text(dense, tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["kl"] > 0
 
 
-def test_what_the_parent_writes_begins_like_the_text_and_is_written_once(dense, tmp_path):
+def test_what_the_parent_writes_begins_like_the_text_and_is_written_once(
+    dense, tmp_path, monkeypatch
+):
     rows = rows_of(600)
-    file = tmp_path / "rows.npy"
-    own = refine.write(CFG, dense, rows, 2, 5, file)
+    monkeypatch.setattr(refine, "WRITERS", 16)
+    own = refine.write(CFG, dense, rows, 2, 5, tmp_path)
     assert own.shape == (2 * len(rows), rows.shape[1]) and own.dtype == np.int32
     text = TEXT[0].encode()
     starts = [bytes(r[: refine.PROMPT].astype(np.uint8)) for r in own]
@@ -78,12 +80,16 @@ def test_what_the_parent_writes_begins_like_the_text_and_is_written_once(dense, 
     nll = objective.cross_entropy(logits, jnp.asarray(own[:, 1:]))[:, refine.PROMPT :].mean()
     entropy = objective.kl(logits, jnp.zeros_like(logits))[:, refine.PROMPT :].mean()
     assert abs(float(nll) - (np.log(CFG.vocab_size) - float(entropy))) < 0.15
-    stamp = file.stat().st_mtime_ns
-    np.testing.assert_array_equal(refine.write(CFG, dense, rows, 2, 5, file), own)
-    assert file.stat().st_mtime_ns == stamp
-    np.testing.assert_array_equal(refine.write(CFG, dense, rows, 2, 5, tmp_path / "b.npy"), own)
-    assert (refine.write(CFG, dense, rows, 2, 6, tmp_path / "c.npy") != own).any()
-    assert refine.write(CFG, dense, rows, 0, 5, tmp_path / "d.npy").shape == (0, rows.shape[1])
+    files = sorted(tmp_path.glob("rows-*.npy"))
+    assert len(files) == -(-len(own) // 16) > 2
+    files[1].unlink()  # as if killed before it: that batch alone is written again
+    stamp = files[0].stat().st_mtime_ns
+    np.testing.assert_array_equal(refine.write(CFG, dense, rows, 2, 5, tmp_path), own)
+    assert files[0].stat().st_mtime_ns == stamp and files[1].exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    assert (refine.write(CFG, dense, rows, 2, 6, other) != own).any()
+    assert refine.write(CFG, dense, rows, 0, 5, other).shape == (0, rows.shape[1])
 
 
 def test_verb_killed_while_refining_goes_on_to_the_same_bits(dense, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ PASSES = 4  # over the text
 WRITTEN = 4  # rows that the parent writes, times those of the text; each is read once
 RATE = 2.5e-3  # of the learning rate, times the root of the divergence; at most 1e-3
 PROMPT, WRITERS = 8, 64  # ids of the text that a written row begins with; rows written at a time
+STATES = 2**31  # bytes of the caches that they may need
 FIRST = 64  # rows on which the divergence before training is measured
 
 
@@ -63,7 +64,7 @@ def refine(
     """
     notes = workdir / "written"
     notes.mkdir(parents=True, exist_ok=True)
-    own_NT = write(*dense, rows_NT, written, seed, notes / "rows.npy")
+    own_NT = write(*dense, rows_NT, written, seed, notes)
     all_NT = np.concatenate([np.asarray(rows_NT)] * passes + [own_NT])
     divergence = _divergence(cfg, params, dense, rows_NT[:FIRST], notes / "divergence.json")
 
@@ -81,30 +82,36 @@ def refine(
     }  # fmt: skip
 
 
-def write(cfg, params, rows_NT, times: int, seed: int, file: Path) -> np.ndarray:
-    """`times` N rows [.., T + 1] of the parent's own text, sampled as it is; kept in `file`."""
+def write(cfg, params, rows_NT, times: int, seed: int, folder: Path) -> np.ndarray:
+    """`times` N rows [.., T + 1] of the parent's own text, sampled as it is.
+
+    Batches are kept in `folder`; a repeated call writes only those that are not there.
+    """
     N, width = rows_NT.shape
     rows_NT, wanted = np.asarray(rows_NT, np.int32), times * N
     if not times or width <= PROMPT:
         return np.zeros((0, width), np.int32)
-    if file.exists():
-        return np.load(file)
+    state = jax.eval_shape(lambda: models.init_state(cfg, 1, width))
+    batch = STATES // sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
+    batch = max(1, min(WRITERS, batch))
     rng, model, out = np.random.default_rng(seed), LM(cfg, params), []
     with progress(wanted * width, "write", "token", hide=wanted * width < 10_000) as bar:
-        for i in range(0, wanted, WRITERS):
-            row_B = rng.integers(0, N, WRITERS)
-            at_BP = rng.integers(0, width - PROMPT, WRITERS)[:, None] + np.arange(PROMPT)
-            made = model.generate(
-                rows_NT[row_B[:, None], at_BP], width - PROMPT, temperature=1.0,
-                seed=seed * 1_000_003 + i,
-            )  # fmt: skip
-            out.append(np.asarray(made, np.int32)[: wanted - i])
+        for i in range(0, wanted, batch):
+            row_B = rng.integers(0, N, batch)
+            at_BP = rng.integers(0, width - PROMPT, batch)[:, None] + np.arange(PROMPT)
+            file = folder / f"rows-{i}.npy"
+            if not file.exists():
+                made = model.generate(
+                    rows_NT[row_B[:, None], at_BP], width - PROMPT, temperature=1.0,
+                    seed=seed * 1_000_003 + i,
+                )  # fmt: skip
+                half = file.with_suffix(".writing")
+                with half.open("wb") as handle:
+                    np.save(handle, np.asarray(made, np.int32))
+                half.replace(file)
+            out.append(np.load(file)[: wanted - i])
             bar.update(out[-1].size)
-    half = file.with_suffix(".writing")
-    with half.open("wb") as handle:
-        np.save(handle, np.concatenate(out))
-    half.replace(file)
-    return np.load(file)
+    return np.concatenate(out)
 
 
 def _divergence(cfg, params, dense, rows_NT, file: Path) -> float:
