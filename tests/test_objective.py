@@ -147,6 +147,20 @@ def test_streams_and_ranks_are_left_out_without_teachers_too(params, frozen):
     assert abs(float(alone) - float(whole)) > 1e-3
 
 
+def test_hidden_match_counts_the_streams_that_are_there():
+    """In the order of the streams, whatever the order of the keys."""
+    rng = np.random.default_rng(0)
+    way, goal = ({n: jnp.asarray(rng.normal(size=(3, 2, 4, 5)), jnp.float32) for n in "abz"}
+                 for _ in range(2))  # fmt: skip
+    each = {n: float(objective.hidden_match((n,), way, goal)) for n in "abz"}
+    names = ("z", "a", "b")
+    for k, n in enumerate(names):
+        here = jnp.zeros((2, 1, 3)).at[..., k].set(1.0)
+        got = float(objective.hidden_match(names, way, goal, here))
+        assert got == pytest.approx(each[n], rel=1e-5)
+    assert len({round(x, 4) for x in each.values()}) == 3
+
+
 def test_half_the_steps_have_all_ranks_and_a_quarter_the_least():
     shares = np.array([objective.drop_ranks(jnp.int32(i), 0, 0.4) for i in range(400)])
     assert abs((shares == 1).mean() - 0.5) < 0.1 and abs((shares <= 0.4).mean() - 0.25) < 0.1

@@ -159,7 +159,8 @@ def test_two_latents_are_a_mixture_of_two_pools(randomised):
     ell = np.stack([np.asarray(x, np.float64) for x in delve.stream_logits(cfg, params, f)], -2)
     rms = lambda x: x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)  # noqa: E731
     g = jax.tree.map(lambda a: np.asarray(a, np.float64), params["gate"])
-    x = np.concatenate([rms(np.asarray(f[n], np.float64)) @ g["p"][n] for n in f], -1) @ g["w1"]
+    x = [rms(np.asarray(f[n], np.float64)) @ g["p"][n] for n in cfg.names]
+    x = np.concatenate(x, -1) @ g["w1"]
     delta = (x / (1 + np.exp(-x))) @ g["w2"]
     assert delta.shape == (2, T, 5)  # three streams, two latents
     a = np.asarray(params["pool"]["a"]) * np.exp(2 * np.tanh(delta[..., None, :3] / 2))

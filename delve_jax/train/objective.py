@@ -359,18 +359,21 @@ def healing(
             if terms.ffn_share < 1:
                 total = total + FFN_WEIGHT * (metrics["ffn_share"] - terms.ffn_share) ** 2
         if hidden and cfg.n_superblocks > 1:
-            metrics["hidden"] = hidden_match(way["h"], goal["h"], here)
+            metrics["hidden"] = hidden_match(cfg.names, way["h"], goal["h"], here)
             total = total + terms.at("hidden", step, steps) * metrics["hidden"]
         return total, metrics
 
     return loss
 
 
-def hidden_match(way: dict, goal: dict, present_BTK=None) -> jax.Array:
-    """Mean square of rms(h) - rms(goal) over channels, tokens, sync points and present streams."""
+def hidden_match(names, way: dict, goal: dict, present_BTK=None) -> jax.Array:
+    """Mean square of rms(h) - rms(goal) over channels, tokens, sync points and present streams.
+
+    names: of the streams in their order, which the keys of what a scan gives have lost.
+    """
     total = count = 0.0
-    for k, (h_SBTD, goal_SBTD) in enumerate((way[n], goal[n]) for n in way):
-        gap_SBT = (delve.rms(h_SBTD[:-1]) - delve.rms(goal_SBTD[:-1])) ** 2
+    for k, n in enumerate(names):
+        gap_SBT = (delve.rms(way[n][:-1]) - delve.rms(goal[n][:-1])) ** 2
         gap_SBT = gap_SBT.mean(-1)
         share = 1.0 if present_BTK is None else present_BTK[None, ..., k]
         total = total + (gap_SBT * share).sum()
