@@ -4,8 +4,11 @@ Command: python experiments/tables.py   (experiments/quickstart.py --record writ
 """
 
 import json
+import statistics
 import sys
 from pathlib import Path
+
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -301,6 +304,17 @@ def ladder() -> str:
                 rows.append((name, f"{x['lr']:.3g}", f"{mean:.4f}", each))
         text += ["", f"At {r['optimizers']['flops']:.1e} FLOPs, width {r['optimizers']['hidden']}:",
                  "", *_table(("optimiser", "peak rate", "nats a byte", "seeds"), rows)]  # fmt: skip
+        ours, plain = (r["optimizers"][name]["losses"] for name in ("adamh", "adamw"))
+        gap = [a - b for a, b in zip(ours, plain, strict=True)]
+        tuned = {name: min(x["loss"] for x in ref[name]) for name in ("adamh", "adamw")}
+        mean = statistics.mean(gap)
+        half = float(stats.t.ppf(0.975, len(gap) - 1)) * statistics.stdev(gap) / len(gap) ** 0.5
+        text += [
+            "",
+            f"AdamH minus AdamW, paired by seed: {mean:+.4f} nats a byte "
+            f"[{mean - half:+.4f}, {mean + half:+.4f}] (95 %, t of {len(gap)} seeds). At the "
+            f"reference run, one seed: {tuned['adamh']:.4f} against {tuned['adamw']:.4f}.",
+        ]
     return "\n".join(text)
 
 

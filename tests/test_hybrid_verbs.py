@@ -51,13 +51,14 @@ def test_fuse_with_other_connectors_heads_and_a_warm_hub(place, capsys, tmp_path
     flags = ("--calibrate", place / "fit.txt", "--calibrate-tokens", 512)
     sources = [place / n for n in PARENTS]
     code, out, _ = delve(capsys, "fuse", *sources, tmp_path / "two", *flags, "--latents", 2,
-                         "--connectors", "self", "--warm-hub")  # fmt: skip
+                         "--connectors", "self", "--warm-hub", "--ffn-skip", 0.5)  # fmt: skip
     assert code == 0 and (out["latents"], out["connectors"]) == (2, "self")
     assert all(0 <= r <= 1 for r in out["fit"]["warm_hub"]["r2"])
     assert out["fit"]["nll"] <= min(out["fit"]["nll_parents"]) + 1e-6
     model = delve_jax.load(tmp_path / "two")
     got = np.asarray(model.logits(TOKENS))
     np.testing.assert_allclose(np.exp(got).sum(-1), 1, atol=1e-4)  # log p
+    assert model.config.ffn_skip == 0.5 and "skip_v" in model.params["hub"]["neo"]
     hub = model.params["hub"]["mam"]
     assert np.abs(hub["b"]).max() > 0 and not np.asarray(hub["g"]).any()
     line = bad(capsys, "fuse", *sources, tmp_path / "x", *flags, "--connectors", "mesh")
@@ -127,6 +128,7 @@ def test_wrong_objectives_are_refused(place, capsys, tmp_path):
     for flags, said in (
         (("--kl-weight", "2"), "--kl-weight 2"), (("--stream-kl", "a:b"), "--stream-kl a:b"),
         (("--stream-drop", "1.5"), "--stream-drop 1.5"), (("--rank-drop", "0"), "--rank-drop 0"),
+        (("--ffn-share", "0.5"), "fuse --ffn-skip"),
         (("--joints-lr", "-1"), "--joints-lr -1"), (("--stages", tmp_path / "no"), "--stages"),
         (("--teachers", place / "dense" / "neo", "--stream-kl", "1"), "parent of every stream"),
         (("--teacher-cache", tmp_path / "c", "--stream-kl", "1"), "--teacher-cache"),

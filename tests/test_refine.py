@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from delve_jax import checkpoint, models, parents, road
+from delve_jax import checkpoint, cli, models, parents, road
 from delve_jax.compress import compress, refine
 from delve_jax.config import NeoxConfig
 from delve_jax.metrics import read_metrics
@@ -90,6 +90,13 @@ def test_what_the_parent_writes_begins_like_the_text_and_is_written_once(
     other.mkdir()
     assert (refine.write(CFG, dense, rows, 2, 6, other) != own).any()
     assert refine.write(CFG, dense, rows, 0, 5, other).shape == (0, rows.shape[1])
+
+
+def test_the_verb_has_the_default_of_the_function():
+    args = cli.parser().parse_args(["compress", "SRC", "DST", "--keep", "0.5"])
+    assert (
+        args.refine_written == refine.WRITTEN
+    )  # the parser starts without JAX: a number of its own
 
 
 def test_verb_killed_while_refining_goes_on_to_the_same_bits(dense, tmp_path, monkeypatch):

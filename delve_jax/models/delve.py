@@ -78,7 +78,7 @@ def rms(x: jax.Array) -> jax.Array:
 
 def hub(cfg: DelveConfig, p: dict, h: dict, present_BTK=None) -> dict:
     """h_p += sigma_p ((g_p z_p) B_p), all streams at once (hybrid.md §5); z_p: `heard`."""
-    return said_to(cfg, p, h, heard(cfg, p, h, present_BTK))
+    return hub_added(cfg, p, h, heard(cfg, p, h, present_BTK))
 
 
 def heard(cfg: DelveConfig, p: dict, h: dict, present_BTK=None) -> dict:
@@ -96,8 +96,8 @@ def heard(cfg: DelveConfig, p: dict, h: dict, present_BTK=None) -> dict:
     return {n: of(n) for n in cfg.names}
 
 
-def said_to(cfg: DelveConfig, p: dict, h: dict, z: dict) -> dict:
-    """The streams after what they heard."""
+def hub_added(cfg: DelveConfig, p: dict, h: dict, z: dict) -> dict:
+    """The streams and what the hub adds to them for what they heard, z_BTr."""
     p = {n: jax.tree.map(lambda a, n=n: a.astype(h[n].dtype), p[n]) for n in cfg.names}
     return {
         n: h[n] + lax.stop_gradient(p[n]["sigma"]) * ((p[n]["g"] * z[n]) @ p[n]["b"])
@@ -163,7 +163,7 @@ def traced(
         known, share = dict(ctx), {n: jnp.ones(()) for n in cfg.names if routes(cfg, n)}
         if hub_p is not None:
             z = heard(cfg, hub_p, h, present_BTK)
-            h = said_to(cfg, hub_p, h, z)
+            h = hub_added(cfg, hub_p, h, z)
             for n in share:
                 weight_BT1, share[n] = router(cfg, hub_p[n], z[n])
                 known[n] = {**ctx[n], "ffn_BT1": weight_BT1}
