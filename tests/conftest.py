@@ -2,8 +2,10 @@
 
 Set before jax is imported anywhere. Tests that need several devices start their own process.
 LLVM's optimisation is off: the models are tiny, and compiling them takes three times as long with.
+Compiled programs are dropped before a process holds more memory maps than Linux lets it have.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -23,6 +25,16 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from delve_jax import models  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps():
+    """Every compiled program keeps several; past vm.max_map_count (65,530) XLA crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -136,7 +136,8 @@ def test_a_state_with_segments_is_refused(randomised):
 def test_attention_by_blocks_of_queries_is_the_same(monkeypatch):
     """Value and gradient, with a remainder block, documents in a row and shared heads."""
     keys = jax.random.split(jax.random.key(0), 3)
-    q, k, v = (jax.random.normal(x, (2, 11, h, 4)) for x, h in zip(keys, (4, 2, 2), strict=True))
+    shapes = ((2, 11, 4, 4), (2, 2, 11, 4), (2, 2, 11, 4))  # heads of keys and values come first
+    q, k, v = (jax.random.normal(x, shape) for x, shape in zip(keys, shapes, strict=True))
     seg = jnp.cumsum(jnp.arange(11) % 5 == 0)
     mask = (jnp.tril(jnp.ones((11, 11), bool)) & (seg[:, None] == seg))[None, None]
 

@@ -93,18 +93,30 @@ def block_apply(cfg: ParentConfig, layer: dict, x_BTD, mutable=False):
     return (out[0][0], out[1]) if mutable else out[0]
 
 
-def run_layers(cfg: ParentConfig, layers: dict, x_BTD, state, ctx, how: Compute = F32):
-    """Scan x through stacked layers; `state` holds the layers' states or is None."""
-    block = FAMILY[cfg.family].Block(cfg)
+def run_layers(
+    cfg: ParentConfig, layers: dict, x_BTD, state, ctx, how: Compute = F32, first=0
+):  # fmt: skip
+    """Scan x through stacked layers; they update theirs of all layers' states, from `first` on.
 
-    def body(x, slot):
-        layer, layer_state = slot
-        x, new = block.apply({"params": layer}, x, layer_state, ctx)
-        return how.placed(x), new
+    The states are carried, not handed out and gathered, so that XLA can update them in place.
+    """
+    block = FAMILY[cfg.family].Block(cfg)
+    n = jax.tree.leaves(layers)[0].shape[0]
+
+    def body(carry, slot):
+        (x, states), (layer, i) = carry, slot
+        if states is None or "k" in states:  # caches: a token adds to them in place
+            x, states = block.apply({"params": layer}, x, states, {**ctx, "layer": i})
+        else:  # recurrent: all of a layer's state is new
+            mine = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), states)
+            x, new = block.apply({"params": layer}, x, mine, ctx)
+            put = lambda a, b: lax.dynamic_update_index_in_dim(a, b.astype(a.dtype), i, 0)  # noqa: E731
+            states = jax.tree.map(put, states, new)
+        return (how.placed(x), states), None
 
     if how.remat != "none":
         body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[how.remat])
-    return lax.scan(body, x_BTD, (layers, state))
+    return lax.scan(body, (x_BTD, state), (layers, first + jnp.arange(n, dtype=jnp.int32)))[0]
 
 
 def features(

@@ -1,6 +1,6 @@
 """What the attention families share: rotary angles, caches, and who may look at whom.
 
-State: k, v [L,B,S,G,h] caches, `index` tokens written, `pos_B` next position of each row and
+State: k, v [L,B,G,S,h] caches, `index` tokens written, `pos_B` next position of each row and
 `valid_BS` (False where a row is left-padded). S is fixed: `LM.step` grows it when it is full.
 """
 
@@ -32,20 +32,28 @@ def rotary(x_BTHh, ctx):
 
 
 def attend(q_BTHh, k_BTGh, v_BTGh, state, ctx):
-    """Causal attention over this call's tokens and the caches -> (y_BTHh, caches or None)."""
-    q, k, v = rotary(q_BTHh, ctx), rotary(k_BTGh, ctx), v_BTGh
+    """Causal attention over this call's tokens and the caches -> (y_BTHh, caches or None).
+
+    The caches are those of all layers, written where `ctx["layer"]` says: a token's step moves what
+    it adds and reads, not the caches.
+    """
+    q, k_BTGh = rotary(q_BTHh, ctx), rotary(k_BTGh, ctx)
+    k, v = jnp.moveaxis(k_BTGh, 1, 2), jnp.moveaxis(v_BTGh, 1, 2)
     if state is not None:
+        layer, zero = ctx["layer"], jnp.int32(0)
+        at = (layer, zero, zero, ctx["index"], zero)
         state = {
-            name: lax.dynamic_update_slice_in_dim(
-                state[name], new.astype(state[name].dtype), ctx["index"], axis=1
-            )
+            name: lax.dynamic_update_slice(state[name], new[None].astype(state[name].dtype), at)
             for name, new in (("k", k), ("v", v))
         }
-        k, v = state["k"].astype(q.dtype), state["v"].astype(q.dtype)
+        k, v = (
+            lax.dynamic_index_in_dim(state[name], layer, keepdims=False).astype(q.dtype)
+            for name in ("k", "v")
+        )
     return weighted(q, k, v, ctx["mask_B1TS"], causal=state is None), state
 
 
-def weighted(q_BTHh, k_BSGh, v_BSGh, mask_B1TS, causal: bool = False):
+def weighted(q_BTHh, k_BGSh, v_BGSh, mask_B1TS, causal: bool = False):
     """softmax(q k / sqrt h) v where the mask is True, G heads of k and v shared by H of q.
 
     It goes by blocks of queries and keeps one number a query for the backward pass
@@ -53,11 +61,10 @@ def weighted(q_BTHh, k_BSGh, v_BSGh, mask_B1TS, causal: bool = False):
     after a block are left out. `jax.nn.dot_product_attention` holds and computes them all, and
     takes the softmax of float64 in float32.
     """
-    (b, T, H, h), G = q_BTHh.shape, k_BSGh.shape[2]
-    # heads before positions, once; scaling q touches less than scaling the scores
+    (b, T, H, h), G = q_BTHh.shape, k_BGSh.shape[1]
+    # heads before positions; scaling q touches less than scaling the scores
     q = jnp.moveaxis((q_BTHh * h**-0.5).reshape(b, T, G, H // G, h), 1, 3)
-    k, v = jnp.moveaxis(k_BSGh, 1, 2), jnp.moveaxis(v_BSGh, 1, 2)
-    y_BGnTh = _attention(causal, q, k, v, mask_B1TS)
+    y_BGnTh = _attention(causal, q, k_BGSh, v_BGSh, mask_B1TS)
     return jnp.moveaxis(y_BGnTh, 3, 1).reshape(b, T, H, h)
 
 
@@ -120,7 +127,7 @@ _attention.defvjp(_forward, _backward)
 
 def init_caches(cfg, batch: int, max_len: int, n_kv: int, head_dim: int, dtype) -> dict:
     """Empty caches for `max_len` tokens."""
-    shape = (cfg.n_layers, batch, max_len, n_kv, head_dim)
+    shape = (cfg.n_layers, batch, n_kv, max_len, head_dim)
     return {
         "layers": {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)},
         "index": jnp.int32(0),
@@ -136,7 +143,7 @@ def grow(state: dict, n: int) -> dict:
     if more <= 0:
         return state
     more = max(more, size)
-    pad = lambda a: jnp.pad(a, ((0, 0),) * 2 + ((0, more),) + ((0, 0),) * 2)  # noqa: E731
+    pad = lambda a: jnp.pad(a, ((0, 0),) * 3 + ((0, more), (0, 0)))  # noqa: E731
     return {
         **state,
         "layers": jax.tree.map(pad, state["layers"]),

@@ -157,9 +157,9 @@ def traced(
         caches[n] = None if state is None else old["layers"]
         bounds[n] = boundaries(sub.n_layers, S)
 
-    def superblock(h, slot):
-        """One superblock; slot = (hub parameters or None, layers and states of every stream)."""
-        hub_p, layers_s, caches_s = slot
+    def superblock(carry, slot):
+        """One superblock; slot = (hub parameters or None, every stream's layers, first of them)."""
+        (h, caches), (hub_p, layers_s, first) = carry, slot
         known, share = dict(ctx), {n: jnp.ones(()) for n in cfg.names if routes(cfg, n)}
         if hub_p is not None:
             z = heard(cfg, hub_p, h, present_BTK)
@@ -168,33 +168,30 @@ def traced(
                 weight_BT1, share[n] = router(cfg, hub_p[n], z[n])
                 known[n] = {**ctx[n], "ffn_BT1": weight_BT1}
         out = {
-            n: models.run_layers(sub, layers_s[n], h[n], caches_s[n], known[n], how)
+            n: models.run_layers(sub, layers_s[n], h[n], caches[n], known[n], how, first[n])
             for n, sub in cfg.streams
         }
-        h = {n: x for n, (x, _) in out.items()}
-        way = {"h": h if trace else None, "ffn": share}
-        return h, ({n: c for n, (_, c) in out.items()}, way)
+        h, caches = ({n: pair[i] for n, pair in out.items()} for i in (0, 1))
+        return (h, caches), {"h": h if trace else None, "ffn": share}
 
     hubs = params.get("hub")
     if S > 1 and all(sub.n_layers % S == 0 for _, sub in cfg.streams):
         split = lambda a: a.reshape(S, a.shape[0] // S, *a.shape[1:])  # noqa: E731
         # a zero hub before superblock 0 adds exactly nothing and keeps one body for the scan
         hubs = jax.tree.map(lambda a: jnp.concatenate([jnp.zeros_like(a[:1]), a]), hubs)
-        slots = (hubs, jax.tree.map(split, layers), jax.tree.map(split, caches))
-        h, (caches, way) = lax.scan(superblock, h, slots)
-        caches = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), caches)
+        every = jnp.arange(S, dtype=jnp.int32)
+        first = {n: every * (sub.n_layers // S) for n, sub in cfg.streams}
+        slots = (hubs, jax.tree.map(split, layers), first)
+        (h, caches), way = lax.scan(superblock, (h, caches), slots)
     else:
         parts = []
         for s in range(S):
             hub_p = jax.tree.map(operator.itemgetter(s - 1), hubs) if s else None
-            layers_s, caches_s = (
-                {n: _rows(tree[n], *bounds[n][s : s + 2]) for n in cfg.names}
-                for tree in (layers, caches)
-            )
-            h, part = superblock(h, (hub_p, layers_s, caches_s))
+            layers_s = {n: _rows(layers[n], *bounds[n][s : s + 2]) for n in cfg.names}
+            first = {n: bounds[n][s] for n in cfg.names}
+            (h, caches), part = superblock((h, caches), (hub_p, layers_s, first))
             parts.append(part)
-        caches = jax.tree.map(lambda *a: jnp.concatenate(a), *(c for c, _ in parts))
-        way = jax.tree.map(lambda *a: jnp.stack(a), *(on for _, on in parts))
+        way = jax.tree.map(lambda *a: jnp.stack(a), *parts)
 
     f = {n: models.final_features(sub, streams[n], h[n]) for n, sub in cfg.streams}
     if state is None:
