@@ -240,6 +240,8 @@ def parser() -> Parser:
         choices=("dense", "factored"),
         help="default: factored for a DELVE, dense (stock classes) for a parent",
     )
+    p.add_argument("--results", nargs="+", default=[], metavar="FILE.json",
+                   help="for the model card: what `delve eval --json` printed")  # fmt: skip
 
     p = verb("generate", "continue a text")
     p.add_argument("src")

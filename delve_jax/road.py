@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import checkpoint, data, parallel, parents
+from . import checkpoint, data, lineage, models, parallel, parents
 from . import compress as compression
 from . import fuse as fusion
 from .compress.refine import WRITTEN, refine
@@ -23,7 +23,6 @@ from .compress.storage import convert as convert_storage
 from .config import STORAGES, Config, DelveError, read_json
 from .look import info, texts_of
 from .metrics import versions
-from .models import parameter_bytes
 from .report import ranks_picture
 
 CALIBRATION_WINDOW = 512  # longest calibration window; shorter where the context is
@@ -126,6 +125,7 @@ def convert(
         cfg, params = convert_storage(cfg, params, storage)
     commit = parents.commit(parents.resolve(src))
     extra = {"source.json": {"source": str(src), "commit": commit}}
+    extra |= lineage.step("convert", [src], {k: command[k] for k in ("dtype", "storage", "keep")})
     checkpoint.save(dst, cfg, params, tokenizer, overwrite, extra)
     return {"path": str(dst), **info(dst)}
 
@@ -198,7 +198,10 @@ def compress(
         raise DelveError(f"{name_of(src)}: {err}") from None
     facts = {"source": source_of(src), **report.to_json(), "storage": storage}
     stored = dataclasses.replace(stored, vocab_rows=cfg.vocab_size)
-    facts |= {"dtype_before": stored.dtype, "parameter_bytes_before": parameter_bytes(stored)}
+    facts |= {
+        "dtype_before": stored.dtype,
+        "parameter_bytes_before": models.parameter_bytes(stored),
+    }
     cfg = dataclasses.replace(cfg, dtype="float32")
     if refine_tokens:
         rows = refinement_rows(cfg, tokenizer, documents, refine_tokens, seed)
@@ -208,14 +211,17 @@ def compress(
             written=refine_written,
         )  # fmt: skip
     cfg, params = convert_storage(cfg, params, storage)
-    facts |= {"dtype_after": cfg.dtype, "parameter_bytes_after": parameter_bytes(cfg)}
+    facts |= {"dtype_after": cfg.dtype, "parameter_bytes_after": models.parameter_bytes(cfg)}
     spectra = {k.replace("/", "."): v for k, v in report.spectra.items()}
     np.savez(partial_of(dst) / "spectra.npz", **spectra)
     if report.plan.neurons:
         facts["neurons_before"] = stored.d_ffn
     if facts["maps"]:
         ranks_picture(facts, spectra, partial_of(dst) / "compress.png")
-    checkpoint.save(dst, cfg, params, tokenizer, overwrite, {"compress.json": facts},
+    asked = {"keep": keep, "calibration_tokens": 0 if windows is None else int(windows.size),
+             "seed": seed}  # fmt: skip
+    extra = {"compress.json": facts} | lineage.step("compress", [src], asked | facts)
+    checkpoint.save(dst, cfg, params, tokenizer, overwrite, extra,
                     served=("work", "state", "written"))  # fmt: skip
     return {"path": str(dst), **info(dst)}
 
@@ -306,7 +312,9 @@ def fuse(
     if warm_hub:
         dense = [parents.load(t, dtype="float32")[:2] for t in teachers]
         params, report["warm_hub"] = fusion.warm_hub(cfg, params, dense, windows)
-    checkpoint.save(dst, cfg, params, tokenizer, overwrite, {"fuse.json": report})
+    made = {"parameters": models.count(cfg), "connectors": connectors, "latents": cfg.latents}
+    extra = {"fuse.json": report} | lineage.step("fuse", sources, report | made | {"seed": seed})
+    checkpoint.save(dst, cfg, params, tokenizer, overwrite, extra)
     return {"path": str(dst), **info(dst), "fit": report}
 
 
@@ -322,10 +330,17 @@ def partial_of(dst: str | Path) -> Path:
     return Path(dst).with_name(Path(dst).name + ".partial")
 
 
-def export(src, dst, *, layout: str | None = None, overwrite: bool = False) -> dict:
-    """Checkpoint -> Hugging Face directory, reloaded and compared where torch is installed."""
+def export(
+    src, dst, *, layout: str | None = None, results: Sequence = (), overwrite: bool = False
+) -> dict:
+    """Checkpoint -> Hugging Face directory, reloaded and compared where torch is installed.
+
+    results: what `delve eval --json` printed or the report of `delve upcycle`, as files or objects,
+    for the model card. What else the card says comes from SRC.
+    """
     from .parents.export import export_hf
 
     if parents.detect(src) != "checkpoint":
         raise DelveError(f"{src}: not a checkpoint directory; run `delve convert {src} DST` first")
-    return export_hf(src, dst, layout, overwrite=overwrite)
+    read = [r if isinstance(r, dict) else read_json(r) for r in results]
+    return export_hf(src, dst, layout, overwrite=overwrite, results=read)

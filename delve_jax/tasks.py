@@ -287,12 +287,14 @@ def ids_of(tok, context: str, continuation: str) -> tuple[np.ndarray, int]:
 def continuations(scorer: Scorer, jobs, batch, bos, desc) -> list[tuple[float, bool, int]]:
     """(log-probability, all arg max, tokens) of the last `n` ids of each job (ids, n).
 
+    As in lm-eval `<|endoftext|>` stands before a continuation without a context, and nowhere else.
     Rows are right-padded (a causal model does not see the padding) to a power of two, longest
     first, so that few shapes are compiled and a lack of memory shows at once.
     """
-    longest = min(scorer.context_length, WINDOW)
+    longest = scorer.context_length
     head = [] if bos is None else [bos]
-    streams = [np.array([*head, *ids][-longest - 1 :], np.int32) for ids, _ in jobs]
+    streams = [np.array([*head * (n == len(ids)), *ids][-longest - 1 :], np.int32)
+               for ids, n in jobs]  # fmt: skip
     buckets = [_bucket(len(stream) - 1, longest) for stream in streams]
     out: list = [None] * len(jobs)
     for window in sorted(set(buckets), reverse=True):

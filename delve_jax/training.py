@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import checkpoint, data, parallel, parents
+from . import checkpoint, data, lineage, parallel, parents
 from .config import Config, DelveError, read_json, to_json
 from .look import info
 from .road import already, begin, partial_of, teacher_of
@@ -77,8 +77,9 @@ def heal(
            "teacher_cache": teacher_cache}  # fmt: skip
     if not stages:
         params, report = _stage(src, cfg, parts[0], settings, opener, partial_of(dst), **how)
-        return _finish(dst, cfg, params, tokenizer, overwrite, "heal", report | {"data": read})
-    report, used, weights = {"stages": {}}, 0, None
+        report |= {"data": read}
+        return _finish(dst, cfg, params, tokenizer, overwrite, "heal", report, [src])
+    first, report, used, weights = src, {"stages": {}}, 0, None
     for number, part in enumerate(parts):
         own = part.settings(settings)
         place = partial_of(dst) / "stages" / f"{number + 1}-{part.name}"
@@ -96,7 +97,7 @@ def heal(
     report |= {k: sum(s[k] for s in report["stages"].values()) for k in ("steps", "tokens")}
     report["data"] = read
     parallel.on_main(_join_metrics, partial_of(dst), report["stages"])
-    return _finish(dst, cfg, params, tokenizer, overwrite, "heal", report)
+    return _finish(dst, cfg, params, tokenizer, overwrite, "heal", report, [first])
 
 
 def _stage(
@@ -229,8 +230,9 @@ def _opener(text, documents, tokenizer_json, vocab_size: int, seed: int):
     ), facts
 
 
-def _finish(dst, cfg, params, tokenizer, overwrite, verb: str, report: dict) -> dict:
-    checkpoint.save(dst, cfg, params, tokenizer, overwrite, {f"{verb}.json": report})
+def _finish(dst, cfg, params, tokenizer, overwrite, verb: str, report: dict, sources=()) -> dict:
+    extra = {f"{verb}.json": report} | lineage.step(verb, sources, report)
+    checkpoint.save(dst, cfg, params, tokenizer, overwrite, extra)
     for name in ("state", "stages"):  # which serve resuming only
         parallel.on_main(shutil.rmtree, Path(dst) / name, True)
     return {"path": str(dst), **parallel.on_main(info, dst), verb: report}

@@ -17,7 +17,19 @@ from pathlib import Path
 
 import numpy as np
 
-from . import VerbModule, checkpoint, data, fuse, lm, look, parents, road, training
+from . import (
+    VerbModule,
+    checkpoint,
+    data,
+    fuse,
+    lineage,
+    lm,
+    look,
+    models,
+    parents,
+    road,
+    training,
+)
 from . import compress as compression
 from . import evaluate as evaluation
 from .compress import codes, joint
@@ -127,16 +139,23 @@ def _together(
         if not dst.exists():
             facts = {"source": teacher, "method": "delve", "together": out.report}
             cfg, params = codes.alone(cfg, params)
-            checkpoint.save(dst, cfg, params, tokenizer, extra={"compress.json": facts})
+            extra = {"compress.json": facts}
+            extra |= lineage.step("compress", [named[name]], {
+                "method": "delve", "budget_of_all": budget, "parameters": models.count(cfg),
+                "calibration_tokens": int(windows[name].size), "seed": seed,
+            })  # fmt: skip
+            checkpoint.save(dst, cfg, params, tokenizer, extra=extra)
     _say("fuse")
     shortest = min(windows.values(), key=lambda w: w.shape[1])
     cfg, params, report = fuse.fuse(
         made, shortest[: max(1, len(shortest) // 2)], latents=latents or len(made), shared=True,
         teachers=teachers, seed=seed,
     )  # fmt: skip
-    checkpoint.save(
-        work / "fused", cfg, params, tokenizer, extra={"fuse.json": report | out.report}
-    )
+    facts = report | {"parameters": models.count(cfg), "connectors": cfg.connectors,
+                      "latents": cfg.latents, "seed": seed}  # fmt: skip
+    extra = {"fuse.json": report | out.report}
+    extra |= lineage.step("fuse", [work / "parents" / n for n in named], facts)
+    checkpoint.save(work / "fused", cfg, params, tokenizer, extra=extra)
     shutil.rmtree(work / "together")
 
 
@@ -241,10 +260,6 @@ def upcycle(
     elif not (work / "checkpoint").exists():
         shutil.copytree(work / "fused", work / "checkpoint")
     done("heal")
-    _say("export")
-    exported = road.export(work / "checkpoint", work / "hf", overwrite=(work / "hf").exists())
-
-    done("export")
     # one window for every row, whatever each parent could read
     window = min(evaluation.WINDOW, *(cfg.context_length for cfg, _ in known))
     stages = [(n, src) for n, src in zip(names, sources, strict=True)]
@@ -258,6 +273,13 @@ def upcycle(
             rows[label] = score(label, model, texts["report"], window)
             _rows_file(work, rows)
     done("evaluate")
+    _say("export")
+    scores = {"rows": list(rows.values()), "window": window, "command": command,
+              "data_hash": {"report": data.data_hash(texts["report"])}}  # fmt: skip
+    exported = road.export(
+        work / "checkpoint", work / "hf", results=[scores], overwrite=(work / "hf").exists()
+    )
+    done("export")
     final = lm.load(work / "checkpoint")
     sample = look.generate(final, PROMPT, max_new_tokens=64)
     report = {

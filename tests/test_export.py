@@ -13,145 +13,25 @@ import numpy as np
 import pytest
 
 from delve_jax import checkpoint, models, parallel, parents
-from delve_jax.config import DelveConfig, DelveError, MambaConfig, NeoxConfig, RwkvConfig
+from delve_jax.config import DelveConfig, DelveError, NeoxConfig, RwkvConfig
 from delve_jax.parents import export
 
 torch = pytest.importorskip("torch")
-torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
-V = 288
+from exported import (  # noqa: E402
+    V,
+    common,
+    joints,
+    make,
+    mamba,
+    random_params,
+    rwkv,
+    three,
+    tiny_tokenizer,
+    torch_model,
+    two,
+)
+
 RELOAD = Path(__file__).parent / "export_reload.py"
-RAW = ("A_log", "D", "time_decay", "time_first", "dt_proj/bias", "sigma", "scale", "/g")
-
-
-def mamba(**kw):
-    sizes = {"d_inner": 48, "d_state": 4, "d_conv": 4, "dt_rank": 3, "use_bias": True}
-    return MambaConfig(V, V, 24, 6, context_length=128, **sizes, **kw)
-
-
-def rwkv(**kw):
-    return RwkvConfig(V, V, 32, 3, context_length=128, d_att=40, d_ffn=64, **kw)
-
-
-def neox(layers=3, rows=V, **kw):
-    return NeoxConfig(V, rows, 24, layers, context_length=128, n_heads=2, d_ffn=48, **kw)
-
-
-def joints(**kw):
-    return {"hub_rank": 4, "gate_proj": 8, "gate_hidden": 12, **kw}
-
-
-def three():
-    """6/3/3 layers, widths 24/32/24, S divides none of them, unequal ranks, J = 1."""
-    ranks = {
-        "mamba": (("embed", (9,)), ("in_proj", (7, 8, 8, 7, 8, 6)), ("out_proj", (5,) * 6)),
-        "rwkv": (("att/key", (6, 7, 6)), ("ffn/value", (8, 9, 9)), ("head", (10,))),
-        "neox": (("att/qkv", (8, 9, 8)), ("mlp/up", (9, 9, 9)), ("embed", (7,))),
-    }
-    streams = (
-        ("first", mamba(tie_embeddings=True, ranks=ranks["mamba"])),
-        ("second", rwkv(ranks=ranks["rwkv"])),
-        ("third", neox(ranks=ranks["neox"], rotary_pct=1.0, parallel_residual=False)),
-    )
-    teachers = ("here/first", "second@rev", "third")
-    return DelveConfig(streams, n_superblocks=4, latents=1, teachers=teachers, **joints())
-
-
-def two():
-    """6/4 layers, the scanned superblocks, parallel residual, J = K."""
-    streams = (
-        ("m", mamba(ranks=(("out_proj", (5, 4, 5, 5, 5, 5)),), use_conv_bias=False)),
-        (
-            "n",
-            neox(
-                4, rotary_pct=0.5, use_bias=False, rows=V + 7, ranks=(("mlp/down", (6, 7, 7, 6)),)
-            ),
-        ),
-    )
-    return DelveConfig(streams, n_superblocks=2, latents=2, **joints())
-
-
-def common(latents, connectors="hub"):
-    """Three streams whose vocabulary tables have their long factors in common."""
-    ranks = (("embed", (9,)), ("head", (11,)))
-    streams = (("a", mamba(ranks=ranks)), ("b", rwkv(ranks=ranks)), ("c", neox(ranks=ranks)))
-    return DelveConfig(streams, 3, latents, connectors, codes=("embed", "head"), **joints())
-
-
-def random_params(cfg, seed=0):
-    """Random weights in which nothing is zero or trivial but the padding beyond true ranks."""
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        name = "/".join(key.key for key in path)
-        noise = rng.standard_normal(leaf.shape).astype(np.float32)
-        if name == "pool/a":
-            return 1 + 0.3 * noise  # logits of several units
-        if name.endswith(RAW) or leaf.ndim == 1:
-            return np.asarray(leaf) + 0.1 * noise
-        gain = 2.5 if "mlp" in name else 1  # so that a tanh GELU would show
-        return gain * noise / max(leaf.shape[-2], 1) ** 0.5
-
-    initial = jax.jit(models.init_params, static_argnums=0)(cfg, jax.random.key(seed))
-    params = jax.tree_util.tree_map_with_path(draw, initial)
-    for name, sub in cfg.streams if cfg.family == "delve" else [(None, cfg)]:
-        tree = params if name is None else params["streams"][name]
-        for map_name, ranks in sub.ranks:
-            leaf = tree if map_name in ("embed", "head") else tree["layers"]
-            for part in map_name.split("/"):
-                leaf = leaf[part]
-            stacked = map_name not in ("embed", "head")
-            for layer, rank in enumerate(ranks) if stacked else ():
-                leaf["v"][layer, :, rank:] = 0
-                leaf["u"][layer, rank:] = 0
-        mlp = models.FAMILY[sub.family].MLP if sub.neurons else ()
-        for map_name in mlp:
-            for key, array in models.leaf_of(tree, map_name).items():
-                reads = map_name == mlp[-1]
-                for layer, width in enumerate(sub.neurons):
-                    if reads and key in ("kernel", "v"):
-                        array[layer, width:] = 0
-                    elif not reads and key in ("kernel", "u", "bias"):
-                        array[layer, ..., width:] = 0
-    return params
-
-
-def tiny_tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=V,
-        special_tokens=["<|endoftext|>", "<|padding|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tok.train_from_iterator(["the export of the model and the model of the export"], trainer)
-    return tok.to_str()
-
-
-def torch_model(folder):
-    from transformers import AutoModelForCausalLM
-
-    kwargs = {"trust_remote_code": True, "local_files_only": True}
-    return AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
-
-
-def make(folder, cfg, layout, seed):
-    params = random_params(cfg, seed)
-    checkpoint.save(folder / "checkpoint", cfg, params, tiny_tokenizer())
-    facts = export.export_hf(folder / "checkpoint", folder / "hf", layout)
-    run = jax.jit(lambda p, t, m: models.forward(cfg, p, t, None, m)[0])
-    return {
-        "cfg": cfg,
-        "params": params,
-        "facts": facts,
-        "checkpoint": folder / "checkpoint",
-        "hf": folder / "hf",
-        "torch": torch_model(folder / "hf"),
-        "jax": lambda t, m: run(params, t, m),
-    }
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +52,7 @@ def case(request):
     return request.getfixturevalue(request.param)
 
 
-def batch(length=12, pads=(0, 3, 7)):
+def batch(length=12, pads=(0, 3, 7, 10)):
     """Left-padded tokens and mask; the padding ids are ordinary ids, so a leak would show."""
     tokens = np.random.default_rng(1).integers(0, V, (len(pads), length))
     return tokens, np.arange(length)[None] >= np.array(pads)[:, None]
@@ -190,7 +70,7 @@ def pad_to(tokens, mask, length):
     return np.pad(tokens, ((0, 0), (extra, 0))), np.pad(mask, ((0, 0), (extra, 0)))
 
 
-def jax_logits(case, tokens, mask, length=80, rows=3):
+def jax_logits(case, tokens, mask, length=140, rows=4):
     n, t = tokens.shape
     tokens, mask = pad_to(tokens, mask, length)
     fill = ((0, rows - n), (0, 0))
@@ -201,26 +81,26 @@ def jax_logits(case, tokens, mask, length=80, rows=3):
 def test_logits_match_jax_padded_and_not(case):
     assert case["facts"]["verified"]
     assert case["facts"]["max_abs_diff"] <= 1e-4 * case["facts"]["max_abs_logit"]
-    tokens, mask = batch(40, (0, 9, 21))
+    tokens, mask = batch(40, (0, 9, 21, 39))
     ours, theirs = jax_logits(case, tokens, mask), call(case["torch"], tokens, mask).logits.numpy()
     scale = np.abs(ours[mask]).max()
     assert scale > 2  # logits that vary, or the comparison says nothing
     assert np.abs(ours - theirs)[mask].max() <= 1e-4 * scale
-    for row in range(3):  # and a padded row is the row alone
+    for row in range(4):  # and a padded row is the row alone
         alone = call(case["torch"], tokens[row : row + 1, mask[row]]).logits.numpy()[0]
         assert np.abs(alone - theirs[row, mask[row]]).max() <= 2e-5 * scale
 
 
-@pytest.mark.parametrize("pads", [(0,), (0, 3, 7)], ids=["batch1", "batch3"])
+@pytest.mark.parametrize("pads", [(0,), (0, 3, 7, 10)], ids=["batch1", "batch4"])
 def test_greedy_is_the_same_cached_uncached_and_in_jax(case, pads):
     tokens, mask = batch(12, pads)
-    kw = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "eos_token_id": None}
+    kw = {"max_new_tokens": 128, "min_new_tokens": 128, "do_sample": False, "eos_token_id": None}
     ids, attention = torch.from_numpy(tokens), torch.from_numpy(mask).long()
     texts = [
         case["torch"].generate(ids, attention_mask=attention, use_cache=cache, **kw).numpy()
         for cache in (True, False)
     ]
-    full = np.pad(mask, ((0, 0), (0, 64)), constant_values=True)
+    full = np.pad(mask, ((0, 0), (0, 128)), constant_values=True)
     logits = jax_logits(case, texts[0], full)[:, 11:-1]  # what JAX predicts on the same prefix
     assert len(np.unique(texts[0][:, 12:])) > 5  # not one token for ever
     for row in range(len(pads)):
@@ -252,7 +132,7 @@ def test_chunks_and_steps_continue_the_cache(case):
 
 def test_beams_keep_their_states_apart(case):
     tokens, mask = batch(6, (0, 2))
-    kw = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "eos_token_id": None}
+    kw = {"max_new_tokens": 8, "num_beams": 4, "do_sample": False, "eos_token_id": None}
     ids, attention = torch.from_numpy(tokens), torch.from_numpy(mask).long()
     runs = [
         case["torch"].generate(ids, attention_mask=attention, use_cache=c, **kw)
@@ -375,7 +255,7 @@ def test_repeated_other_and_overwriting_exports(factored, tmp_path, monkeypatch)
     src, dst = factored["checkpoint"], tmp_path / "hf"
     monkeypatch.setitem(sys.modules, "torch", None)  # as if torch were not installed
     assert export.export_hf(src, dst)["verified"] is False
-    assert "not verified" in (dst / "README.md").read_text()
+    assert "**Not verified**" in (dst / "README.md").read_text()
     before = (dst / "model.safetensors").stat().st_mtime_ns
     assert export.export_hf(src, dst)["already"]
     assert (dst / "model.safetensors").stat().st_mtime_ns == before

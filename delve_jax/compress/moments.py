@@ -11,6 +11,7 @@ the tokens and the seed, so a sweep that is repeated gives the same bits.
 from __future__ import annotations
 
 import functools
+import mmap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -222,6 +223,7 @@ class Sweep:
     def _batches(self, array) -> Iterator[jax.Array]:
         for i in range(0, len(array), self.rows):
             yield jnp.asarray(array[i : i + self.rows])
+            _forget(array)
 
     def _embedded(self, outer: dict, tokens_NT) -> Iterator[np.ndarray]:
         return (np.asarray(self._run.embed(outer, t)) for t in self._batches(tokens_NT))
@@ -365,6 +367,7 @@ class Sweep:
                     x_nD = jnp.asarray(x_SnD[place.get(id(students[k]), 0), part])
                     log_s = self._run.log_p(tops[k], x_nD)
                     sums[k] += np.asarray(self._run.compare(log_t, log_s, label_n[part]))
+                _forget(x_SnD)
             del tops
             tick(len(group))
         return [(kl / len(label_n), nll / (label_n >= 0).sum()) for kl, nll in sums]
@@ -385,6 +388,18 @@ class Sweep:
             for part in parts:
                 np.asarray(part, np.float32).tofile(out)
         half.replace(file)  # a killed run leaves no half a file under the name
+
+
+def _forget(array: np.ndarray) -> None:
+    """Give back the pages of a mapped file that were read; what still needs them reads them anew.
+
+    The system would drop them when it is short of memory, but counts them until then: the
+    activations of 20 students of a 7B parent on 4,096 tokens are 1.3 GB.
+    """
+    while array is not None and not isinstance(array, mmap.mmap):
+        array = getattr(array, "base", None)  # a view, the array, the mapping
+    if array is not None and hasattr(mmap, "MADV_DONTNEED"):
+        array.madvise(mmap.MADV_DONTNEED)
 
 
 def _maps(sums: dict, params: dict, where: str, path: str = "") -> dict[str, Moments]:

@@ -25,7 +25,10 @@ __all__ = [
 ]  # fmt: skip
 
 _HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
-_KEEP = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+_KEEP = [
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "README.md",  # says under which licence the weights may be used
+]  # fmt: skip
 _FORMATS = (  # in order of preference
     r"model-\d+-of-\d+\.safetensors|model\.safetensors(\.index\.json)?",
     r"pytorch_model-\d+-of-\d+\.bin|pytorch_model\.bin(\.index\.json)?",

@@ -12,12 +12,14 @@ import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ..config import Config, DelveConfig, DelveError, ParentConfig, read_json, to_json
+from ..config import Config, DelveConfig, DelveError, read_json, to_json
 from ..models.delve import whole
+from . import card
 from .delve import entries, leaf_at, leaves, read_exported_delve
 
 __all__ = ["densify", "export_hf", "read_exported_delve", "verify_hf", "write_tokenizer"]
@@ -208,73 +210,13 @@ def verify_hf(folder: Path, cfg: Config, params: dict, rows: int = 2, length: in
     return float(np.abs(ours - theirs).max()), float(np.abs(ours).max())
 
 
-def _card(cfg: Config, facts: dict) -> str:
-    """README.md from facts only: what it is made of, how to load it, what was checked."""
-    streams = cfg.streams if cfg.family == "delve" else ((cfg.family, cfg),)
-    rows = "\n".join(
-        f"| {name} | {sub.family} | {sub.n_layers} | {sub.d_model} | "
-        f"{', '.join(n for n, _ in sub.ranks) or 'none'} | {_neurons(sub)} |"
-        for name, sub in streams
-    )
-    remote = facts["model_type"] == "delve"
-    trust = ", trust_remote_code=True" if remote else ""
-    check = (
-        f"reloaded and compared with the JAX model: max logit difference "
-        f"{facts['max_abs_diff']:.1e} at max |logit| {facts['max_abs_logit']:.3g}"
-        if facts["verified"]
-        else "**not verified** (torch was not installed where it was exported)"
-    )
-    text = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
-        f"# {'DELVE' if remote else 'Compressed ' + cfg.family}",
-        f"{facts['parameters']:,} parameters, {facts['vocab_size']:,} token ids, "
-        f"layout {facts['layout']}, {facts['dtype']}. Written by delve-jax.",
-        "| stream | family | layers | width | factored maps in the checkpoint | MLP neurons |\n"
-        f"|---|---|---|---|---|---|\n{rows}",
-    ]
-    if cfg.family == "delve":
-        head = "log-linear pool (ordinary logits)"
-        if cfg.latents > 1:
-            head = f"mixture of {cfg.latents} (log p)"
-        joint = f"Connectors: {cfg.connectors}"
-        if cfg.connectors != "none":
-            joint += f" of rank {cfg.hub_rank}"
-        if cfg.ffn_skip:
-            joint += f"; routers: a token skips FFNs of less weight than {cfg.ffn_skip:g}"
-        text.append(f"Superblocks: {cfg.n_superblocks}. {joint}. Head: {head}.")
-        if cfg.codes:
-            text.append(f"Vocabulary tables that the streams share: {', '.join(cfg.codes)}.")
-        if cfg.teachers:
-            text.append("Made from: " + ", ".join(Path(t).name or t for t in cfg.teachers) + ".")
-    text.append(
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("."{trust})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("."{trust})\n```'
-    )
-    if remote:
-        text.append(
-            "Batches are padded on the left. Assisted generation and static caches do not work."
-        )
-    if remote and facts["layout"] == "factored":
-        text.append(
-            "LoRA: `target_modules` names the inner maps of the factored linears, "
-            '`["u", "v"]` (they are low-rank already: keep the LoRA rank small).'
-        )
-    text.append(f"Check: {check}.")
-    return "\n\n".join(text) + "\n"
-
-
-def _neurons(cfg: ParentConfig) -> str:
-    """Of each layer where MLPs were pruned; a stock directory pads them to the widest."""
-    return ", ".join(map(str, cfg.neurons or [getattr(cfg, "d_ffn", 0) or "none"]))
-
-
-def _fingerprint(src: Path, layout: str) -> dict:
-    """What identifies an export: same source, unchanged, same layout."""
+def _fingerprint(src: Path, layout: str, results: Sequence[dict]) -> dict:
+    """What identifies an export: same source, unchanged, same layout, same results on its card."""
     config = src / "config.json"
-    digest = hashlib.sha256(config.read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256(config.read_bytes() + json.dumps(list(results)).encode())
     stamp = config.stat().st_mtime_ns
-    return {"source": str(src.resolve()), "config": digest, "stamp": stamp, "layout": layout}
+    return {"source": src.name, "config": digest.hexdigest()[:16], "stamp": stamp,
+            "layout": layout}  # fmt: skip
 
 
 def export_hf(
@@ -283,14 +225,16 @@ def export_hf(
     layout: str | None = None,
     verify: bool = True,
     overwrite: bool = False,
+    results: Sequence[dict] = (),
 ) -> dict:
     """Checkpoint directory -> Hugging Face directory; returns what was written and checked.
 
     layout "factored" keeps u and v (a DELVE's default), "dense" multiplies them out (a parent's
-    default: a stock directory). Keys of the result: verified, max_abs_diff, max_abs_logit, files,
-    parameters, layout, path. DelveError: no checkpoint at SRC, DST taken, logits that differ.
+    default: a stock directory). results: for the model card (`card.write`). Keys of what is
+    returned: verified, max_abs_diff, max_abs_logit, files, parameters, layout, path. DelveError: no
+    checkpoint at SRC, DST taken, logits that differ.
     """
-    from .. import checkpoint, models
+    from .. import checkpoint, lineage, models
     from ..compress import storage
 
     src, dst = Path(src), Path(dst)
@@ -298,7 +242,7 @@ def export_hf(
     layout = layout or ("factored" if cfg.family == "delve" else "dense")
     if layout not in ("factored", "dense"):
         raise DelveError(f"--layout {layout}: must be dense or factored")
-    made_of = _fingerprint(src, layout)
+    made_of = _fingerprint(src, layout, results)
     if (dst / RECORD).is_file() and not overwrite:
         record = read_json(dst / RECORD)
         if record.pop("made_of", None) == made_of:
@@ -315,7 +259,11 @@ def export_hf(
         facts = _check(partial, dst, cfg, params, layout, verify)
         facts["parameters"] = models.count(cfg) if layout == "factored" else facts["stored"]
         facts.pop("stored")
-        (partial / "README.md").write_text(_card(cfg, facts), encoding="utf-8")
+        steps = lineage.read(src)
+        if steps:
+            _write_json(partial / lineage.FILE, {"steps": steps})
+        text = card.write(cfg, facts, steps, results)
+        (partial / "README.md").write_text(text, encoding="utf-8")
         facts["files"] = sorted(p.name for p in partial.iterdir())
         _write_json(partial / RECORD, {**facts, "made_of": made_of})
     return {**facts, "path": str(dst)}

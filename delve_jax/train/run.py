@@ -309,8 +309,9 @@ def heal(
     make() -> float32 parameters on `mesh`, called unless there is a state to resume.
     open_data(T, batch, shard, shards) -> grain dataset. teachers: (config, params) each; weights:
     of their log-linear pool (None: fitted on the first windows, which can sharpen a lone teacher).
-    teacher_cache: folder of samples of what they say (`cache`), made before the first step; the
-    list of teachers is then emptied, and they are no part of the compiled step.
+    The list of teachers is shortened: those without weight go where only the pool is asked, and all
+    where teacher_cache, a folder of samples of what they say (`cache`), is made before the first
+    step; they are no part of the compiled step.
     """
     settings, terms = settings.checked(mesh), terms.checked()
     if settings.trains != "all" and cfg.family != "delve":
@@ -324,12 +325,16 @@ def heal(
         how_fitted = {"teacher_weights_from": "given"}
         if weights is None:
             weights, how_fitted = _teacher_weights(configs, teachers, open_data, T)
+        report = {"objective": terms.name, "terms": dataclasses.asdict(terms),
+                  "teacher_weights": list(weights), **how_fitted}  # fmt: skip
+        if any(weights) and not (terms.has("streams") or terms.has("hidden")):
+            # only their pool is asked: a parent without weight in it need not be run
+            teachers[:] = [t for t, w in zip(teachers, weights, strict=True) if w]
+            configs, weights = tuple(c for c, _ in teachers), [w for w in weights if w]
         frozen = {
             "weights": jnp.asarray(weights, jnp.float32),
             "teachers": tuple(p for _, p in teachers),
         }
-        report = {"objective": terms.name, "terms": dataclasses.asdict(terms),
-                  "teacher_weights": list(weights), **how_fitted}  # fmt: skip
     shard, shards = parallel.feed(mesh, settings.batch)
     dataset = open_data(T, settings.batch, shard, shards)
     cached = teacher_cache is not None and bool(teachers)

@@ -3,9 +3,10 @@
 python experiments/benchmarks/compress_memory.py [--only ROW ...] [--fresh]
 Parents have the real shapes, random weights and Hugging Face's files, made here in a temporary
 folder. mamba-1.4b: all 48 layers are in the files, 6 are run, and the times of 48 are extrapolated;
-the 7B parents have one layer and both tables. Keep 0.5, 4,096 calibration tokens, the command line
-in a process of its own: ru_maxrss is its peak, of which `anonymous` is what it really holds and
-`mapped` files that the system can drop. Rows that stand in the results are not run again.
+the 7B parents have one layer and both tables. Keep 0.5, 4,096 calibration tokens (7B: 1,024; their
+activations are on disk), the command line in a process of its own: ru_maxrss is its peak, of which
+`anonymous` is what it really holds and `mapped` files that the system can drop. Rows that stand in
+the results are not run again.
 Result: mamba-1.4b 3.68 GiB (before pass 2 was on by default). rwkv-4-7b was stopped in `curves`
 after 88 minutes of half a core: see results/compress_memory_tries.json.
 """
@@ -32,13 +33,13 @@ from delve_jax.parents.io import write_safetensors
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "compress_memory.json"
 GIB = 2**30
-TOKENS, KEEP = 4096, 0.5
-# row: (preset, layers in the files, layers that are run, bar in GiB)
+KEEP = 0.5
+# row: (preset, layers in the files, layers that are run, calibration tokens, bar in GiB)
 ROWS = {
-    "mamba-1.4b": ("mamba-1.4b", 48, 6, 6),
-    "mamba-7b-rw, one block": ("mamba-7b-rw", 1, 1, 8),
-    "rwkv-4-7b, one block": ("rwkv-4-7b", 1, 1, 8),
-    "redpajama-incite-7b, one block": ("redpajama-incite-7b", 1, 1, 8),
+    "mamba-1.4b": ("mamba-1.4b", 48, 6, 4096, 6),
+    "mamba-7b-rw, one block": ("mamba-7b-rw", 1, 1, 1024, 8),
+    "rwkv-4-7b, one block": ("rwkv-4-7b", 1, 1, 1024, 8),
+    "redpajama-incite-7b, one block": ("redpajama-incite-7b", 1, 1, 1024, 8),
 }
 
 
@@ -63,7 +64,7 @@ def values(path, shape, rng):
     return x
 
 
-def make(folder, preset, layers):
+def make(folder, preset, layers, tokens):
     """Write the parent, its tokenizer and a text of its words; -> bytes of the weights."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -86,7 +87,7 @@ def make(folder, preset, layers):
     tok = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tok.pre_tokenizer = pre_tokenizers.Whitespace()
     (folder / "tokenizer.json").write_text(tok.to_str())
-    ids = np.random.default_rng(0).zipf(1.2, 2 * TOKENS) % cfg.vocab_size
+    ids = np.random.default_rng(0).zipf(1.2, 2 * tokens) % cfg.vocab_size
     (folder / "text.txt").write_text(" ".join(f"w{i}" for i in ids))
     return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 
@@ -133,11 +134,14 @@ class Clock:
                 seconds, cpu = time.time() - self.start, time.process_time() - self.cpu
                 facts = {"seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1)}
                 clock.stages[name] = facts | {"layers": layers}
+                print(f"{name}: {facts}, anonymous {clock.peak.get(name, 0) / GIB:.2f} GiB, peak "
+                      f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB:.2f} GiB",
+                      file=sys.stderr, flush=True)  # fmt: skip
 
         return Stage()
 
 
-def child(src, dst, run):
+def child(src, dst, run, tokens):
     """Compress with `run` layers and print what it took."""
     from delve_jax import cli
 
@@ -158,7 +162,7 @@ def child(src, dst, run):
     )
     start = time.time()
     code = cli.main(["compress", src, dst, "--keep", str(KEEP), "--calibrate", f"{src}/text.txt",
-                     "--calibrate-tokens", str(TOKENS)])  # fmt: skip
+                     "--calibrate-tokens", str(tokens)])  # fmt: skip
     print(json.dumps({
         "exit": code,
         "seconds": round(time.time() - start, 1),
@@ -177,12 +181,13 @@ def child(src, dst, run):
 
 def measure(name, place):
     """One row of the results."""
-    preset, layers, run, bar = ROWS[name]
+    preset, layers, run, tokens, bar = ROWS[name]
     src, dst = place / "parent", place / "small"
-    size = make(src, preset, layers)
+    size = make(src, preset, layers, tokens)
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, __file__, "--child", str(src), str(dst), str(run)],
+        [sys.executable, __file__, "--child", str(src), str(dst), str(run),
+         str(tokens)],
         stdout=subprocess.PIPE, text=True, env=env,
     )  # fmt: skip
     if done.returncode:
@@ -197,7 +202,7 @@ def measure(name, place):
 
     return {
         "row": name, "preset": preset, "layers": layers, "layers_run": run, "file_bytes": size,
-        "keep": KEEP, "tokens": TOKENS, "bar": bar * GIB, "met": out["peak_rss"] < bar * GIB, **out,
+        "keep": KEEP, "tokens": tokens, "bar": bar * GIB, "met": out["peak_rss"] < bar * GIB, **out,
         "seconds_all_layers": all_layers("seconds"),
         "cpu_seconds_all_layers": all_layers("cpu_seconds"),
         "parameters_run": facts["parameters_before"], "kl": facts["measured"]["kl"],
@@ -210,10 +215,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--fresh", action="store_true", help="run rows anew that stand there")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.child:
-        return child(*flags.child[:2], int(flags.child[2]))
+        return child(*flags.child[:2], *map(int, flags.child[2:]))
     result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
     for name in flags.only:
         if not flags.fresh and any(row["row"] == name for row in result["rows"]):

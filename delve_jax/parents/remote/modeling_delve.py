@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -116,16 +117,6 @@ class Step:
     pad_BT1: torch.Tensor | None  # True where a token is padding; None where none is
     mask_B1TS: torch.Tensor | None = None  # True where a query may look; None: plain causal
     rotary: tuple | None = None  # cos, sin [B, 1, T, r]
-    ffn_BT1: torch.Tensor | None = None  # a token's weight of the superblock's FFNs; None: all 1
-
-    def routed(self, ffn, h_BTD, *more):
-        """ffn(h) times the tokens' weights; one token without any is spared the work."""
-        if self.ffn_BT1 is None:
-            return ffn(h_BTD, *more)
-        if h_BTD.shape[1] == 1 and not self.ffn_BT1.any():
-            return torch.zeros_like(h_BTD)
-        y = ffn(h_BTD, *more)
-        return self.ffn_BT1.to(y.dtype) * y
 
     def zero_padding(self, x_BTC):
         """A padded position must look like "before the text": its inputs are zero."""
@@ -158,6 +149,16 @@ class Step:
         """Store a block's recurrent state, if there is a cache."""
         if self.cache is not None:
             self.cache.update_recurrent_state(state, index)
+
+
+def routed(ffn, weight_BT1, h_BTD, *more):
+    """ffn(h) times the tokens' weights (None: all 1); one token without any is spared the work."""
+    if weight_BT1 is None:
+        return ffn(h_BTD, *more)
+    if h_BTD.shape[1] == 1 and not weight_BT1.any():
+        return torch.zeros_like(h_BTD)
+    y = ffn(h_BTD, *more)
+    return weight_BT1.to(y.dtype) * y
 
 
 def selective_scan(u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, s_BEN):
@@ -199,7 +200,14 @@ def wkv(k_BTA, v_BTA, w_A, u_A, state_B3A, pad_BT1):
     return torch.stack(y, 1), torch.stack([a, b, p], 1)
 
 
-class MambaBlock(nn.Module):
+class Block(GradientCheckpointingLayer):
+    """A residual layer: forward(x_BTD, ffn_BT1, step), ffn_BT1 a token's weight of its FFN or None.
+
+    It does not change `step`: what is recomputed in the backward pass reads the same again.
+    """
+
+
+class MambaBlock(Block):
     """x + out_proj(scan(silu(conv(u))) * silu(z)),  [u | z] = in_proj(RMSNorm(x))."""
 
     def __init__(self, cfg, layer, index):
@@ -215,7 +223,7 @@ class MambaBlock(nn.Module):
         self.D = nn.Parameter(torch.ones(e))
         self.out_proj = linear(cfg, "out_proj", layer, e, d, bias)
 
-    def forward(self, x_BTD, step):
+    def forward(self, x_BTD, ffn_BT1, step):
         u, z = self.in_proj(self.norm(x_BTD)).chunk(2, -1)
         s_BEN = step.state(self.index)
         if s_BEN is None:
@@ -278,7 +286,7 @@ class RwkvChannelMix(nn.Module):
         return torch.sigmoid(self.receptance(mix(h, prev, self.mix_r))) * self.value(k)
 
 
-class RwkvBlock(nn.Module):
+class RwkvBlock(Block):
     """Time-mix, then channel-mix; both shift the normalised input by one token."""
 
     def __init__(self, cfg, layer, index):
@@ -289,14 +297,14 @@ class RwkvBlock(nn.Module):
         self.att = RwkvTimeMix(cfg, layer)
         self.ffn = RwkvChannelMix(cfg, layer)
 
-    def forward(self, x_BTD, step):
+    def forward(self, x_BTD, ffn_BT1, step):
         state = step.state(self.index)
         h = step.zero_padding(self.ln1(x_BTD))
         y, state = self.att(h, step.shifted(self.index, h, 0), state, step.pad_BT1)
         step.keep(self.index, state)
         x_BTD = x_BTD + y
         h = step.zero_padding(self.ln2(x_BTD))
-        return x_BTD + step.routed(self.ffn, h, step.shifted(self.index, h, 1))
+        return x_BTD + routed(self.ffn, ffn_BT1, h, step.shifted(self.index, h, 1))
 
 
 class NeoxAttention(nn.Module):
@@ -342,7 +350,7 @@ class NeoxMlp(nn.Module):
         return self.down(F.gelu(self.up(h)))
 
 
-class NeoxBlock(nn.Module):
+class NeoxBlock(Block):
     """Parallel residual (Pythia): both read the same x; sequential (INCITE): in turn."""
 
     def __init__(self, cfg, layer, index):
@@ -353,9 +361,9 @@ class NeoxBlock(nn.Module):
         self.att = NeoxAttention(cfg, layer, index)
         self.mlp = NeoxMlp(cfg, layer)
 
-    def forward(self, x_BTD, step):
+    def forward(self, x_BTD, ffn_BT1, step):
         after = x_BTD + self.att(self.ln1(x_BTD), step)
-        return after + step.routed(self.mlp, self.ln2(x_BTD if self.parallel else after))
+        return after + routed(self.mlp, ffn_BT1, self.ln2(x_BTD if self.parallel else after))
 
 
 def linear(cfg, name, layer, d_in, d_out, bias=False):
@@ -500,7 +508,7 @@ class RecurrentCache(DynamicCache):
 class DelvePreTrainedModel(PreTrainedModel):
     config_class = DelveConfig
     base_model_prefix = "model"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     _is_stateful = True  # recurrent states cannot be cropped: no assisted generation
     _can_compile_fullgraph = False
     _supports_sdpa = True
@@ -650,16 +658,16 @@ class DelveForCausalLM(DelvePreTrainedModel, GenerationMixin):
         codes = self.codes["embed"](input_ids) if "embed" in self.config.codes else None
         h = [expert.start(input_ids, codes) for expert in self.streams]
         bounds = [self.config.boundaries(k) for k in range(len(h))]
+        weights = [None] * len(h)
         for s in range(self.config.n_superblocks):
             if s > 0 and self.config.connectors != "none":
                 said = [hub.read(x, s - 1) for hub, x in zip(self.hub, h, strict=True)]
                 heard = self.heard(said)
                 h = [x + hub.write(z, s - 1) for hub, x, z in zip(self.hub, h, heard, strict=True)]
-                for hub, z, step in zip(self.hub, heard, steps, strict=True):
-                    step.ffn_BT1 = hub.weights(z, s - 1)
+                weights = [hub.weights(z, s - 1) for hub, z in zip(self.hub, heard, strict=True)]
             for k, expert in enumerate(self.streams):
                 for block in expert.layers[bounds[k][s] : bounds[k][s + 1]]:
-                    h[k] = block(h[k], steps[k])
+                    h[k] = block(h[k], weights[k], steps[k])
         return [expert.norm_f(x) for expert, x in zip(self.streams, h, strict=True)]
 
     def heard(self, said):
@@ -722,6 +730,8 @@ class DelveForCausalLM(DelvePreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = self.config.use_cache and labels is None and not self.training
         cache = past_key_values if cache is None else cache
+        if self.training and self.is_gradient_checkpointing:  # a layer that runs twice would
+            use_cache, cache = False, None  # write its state twice
         if use_cache and cache is None:
             kind = DynamicCache if self.attention_index is not None else RecurrentCache
             cache = kind(config=self.config)

@@ -1,0 +1,105 @@
+"""The JAX side as a model of lm-evaluation-harness (pip install lm_eval).
+
+>>> import lm_eval
+>>> from delve_jax.harness import DelveLM
+>>> lm_eval.simple_evaluate(model=DelveLM("out/healed"), tasks=["piqa", "lambada_openai"])
+
+`python -m delve_jax.harness run --model delve --model_args pretrained=out/healed --tasks piqa` is
+lm-eval's own command line with this model registered. Exports need none of it: `--model hf`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+
+from . import evaluate, lm, tasks
+from .config import DelveError
+
+try:
+    import lm_eval.models  # noqa: F401  (its own models: it looks for them in an empty registry only)
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError:
+    raise DelveError("delve_jax.harness: lm-eval is not installed; pip install lm_eval") from None
+
+NEW_TOKENS = 256  # where a task does not say how many
+
+
+@register_model("delve")
+class DelveLM(TemplateLM):
+    """Any source of `delve_jax.load`, or an LM that is loaded already.
+
+    Tokens as the model's tokenizer makes them, without `<|endoftext|>` in front (lm-eval's way for
+    this tokenizer); it stands before a continuation without context and before rolling windows.
+    """
+
+    def __init__(self, pretrained, batch_size: int | str | None = None, **how):
+        super().__init__()
+        self.model = pretrained if hasattr(pretrained, "params") else lm.load(pretrained, **how)
+        self._scorer = evaluate.as_scorer(self.model)
+        self._batch = None if batch_size in (None, "auto") else int(batch_size)
+        self._tok, self._eot = evaluate.tokenizer_of(self._scorer)
+        if self._eot is None:
+            raise DelveError(f"{pretrained}: lm-eval needs a tokenizer with <|endoftext|>")
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id that opens a text."""
+        return self._eot
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        """Ids of a text; nothing is added."""
+        return self._tok.encode(string, add_special_tokens=False).ids
+
+    def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
+        jobs = [(np.array([*context, *text], np.int32), len(text)) for _, context, text in requests]
+        scored = tasks.continuations(self._scorer, jobs, self._batch, self._eot, "loglikelihood")
+        return [(total, greedy) for total, greedy, _ in scored]
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of whole texts, in lm-eval's windows: one id of overlap."""
+        out = []
+        for request in requests:
+            cut = get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self._eot, self._scorer.context_length, 1
+            )
+            pairs = [(None, *make_disjoint_window(window)) for window in cut]
+            out.append(sum(total for total, _ in self._loglikelihood_tokens(pairs)))
+        return out
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Greedy or sampled continuations, cut before the first of the task's stops."""
+        out = []
+        for request in requests:
+            context, how = request.args
+            stops = how.get("until") or []
+            stops = [stops] if isinstance(stops, str) else stops
+            n = int(how.get("max_gen_toks", NEW_TOKENS))
+            ids = self.tok_encode(context)[-max(1, self._scorer.context_length - n) :]
+            made = self.model.generate(
+                np.array([ids or [self._eot]]), n, stop=[self._eot],
+                temperature=float(how.get("temperature", 0.0)) * bool(how.get("do_sample", False)),
+            )  # fmt: skip
+            (new,) = evaluate.ended(np.asarray(made)[:, len(ids or [0]) :], [self._eot])
+            text = self._tok.decode(new)
+            for stop in stops:
+                text = text.partition(stop)[0] if stop else text
+            out.append(text)
+        return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    """lm-eval's command line, in which `--model delve` is known."""
+    from lm_eval.__main__ import cli_evaluate
+
+    if argv is not None:
+        sys.argv = ["lm_eval", *argv]
+    cli_evaluate()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
