@@ -43,17 +43,17 @@ CLOZE = {"acc": "acc", "logprob": "perplexity"}
 def task_yaml(name, file):
     """A local task of lm-eval for one of our jsonl files, as YAML."""
     kind = "cloze" if "lambada" in name else "blimp" if "blimp" in name else "choices"
+    with file.open() as lines:
+        row = json.loads(lines.readline())
+    # a space joins a context to its answer, unless the context ends in white space of its own;
+    # lm-eval adds it to choices, but not to a cloze's answer
+    context = row.get("query", row.get("context", ""))
+    gap = " " if context and not context[-1].isspace() else ""
     fields = {
         "choices": ("multiple_choice", '"{{query}}"', '"{{gold}}"', '"{{choices}}"'),
         "blimp": ("multiple_choice", '""', "0", '"{{[sentence_good, sentence_bad]}}"'),
-        "cloze": ("loglikelihood", '"{{context}}"', '"{{continuation}}"', None),
+        "cloze": ("loglikelihood", '"{{context}}"', f'"{gap}{{{{continuation}}}}"', None),
     }[kind]
-    with (
-        file.open() as lines
-    ):  # a space joins a context to its answer unless it ends in white space
-        row = json.loads(lines.readline())
-    context = row.get("query", row.get("context", ""))
-    gap = " " if context and not context[-1].isspace() else ""
     wanted = CLOZE if kind == "cloze" else CHOICES
     lines = [
         f"task: {name}_local", "dataset_path: json",

@@ -542,7 +542,8 @@ def test_verb_killed_anywhere_goes_on_to_the_same_bits(tmp_path, monkeypatch, ca
     restored = [checkpoint.restore(tmp_path / d)[1] for d in ("got", "want")]
     jax.tree.map(np.testing.assert_array_equal, *restored)
     assert {p.name for p in (tmp_path / "got").iterdir()} == {
-        "compress.json", "compress.png", "config.json", "params", "run.json", "spectra.npz"
+        "compress.json", "compress.png", "config.json", "lineage.json", "params", "run.json",
+        "spectra.npz",
     }  # fmt: skip
 
 

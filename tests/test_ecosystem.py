@@ -1,4 +1,4 @@
-"""Exports in other people's tools: PEFT, Trainer, checkpointed gradients, lm-eval; the model card."""
+"""Exports in other people's tools: PEFT, Trainer, lm-eval; checkpointed gradients; model cards."""
 
 import importlib.util
 import json
@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from delve_jax import checkpoint, lineage, models
+from delve_jax import checkpoint, lineage
 from delve_jax.config import DelveError
 
 torch = pytest.importorskip("torch")
@@ -35,6 +35,12 @@ def ids(rows=4, length=24, seed=0):
 def logits(model, tokens):
     with torch.no_grad():
         return model.eval()(tokens).logits
+
+
+def same_weights(one, other):
+    """Bit by bit; logits of equal weights may differ by where in memory these begin."""
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
 def gradients(model, tokens):
@@ -71,8 +77,7 @@ def test_trainer_trains_it_and_the_result_loads(fresh, tmp_path):
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert losses[-1] < losses[0]
     back = torch_model(tmp_path / "run" / "checkpoint-4")
-    assert torch.equal(logits(back, ids()), logits(fresh, ids()))
-    assert not torch.equal(logits(back, ids()), before)
+    assert same_weights(back, fresh) and not torch.equal(logits(back, ids()), before)
 
 
 def lora(model, targets=("u", "v"), rank=2):
@@ -86,7 +91,9 @@ def test_lora_on_the_factors_trains_merges_and_loads(exported, fresh, tmp_path):
     peft = pytest.importorskip("peft")
     tokens, base = ids(), logits(fresh, ids())
     adapted = lora(fresh)
-    assert torch.equal(logits(adapted, tokens), base)  # it starts as nothing
+    torch.testing.assert_close(
+        logits(adapted, tokens), base, rtol=0, atol=1e-5
+    )  # starts as nothing
     assert {n.split(".")[-4] for n, p in adapted.named_parameters() if p.requires_grad} == {
         "u",
         "v",
@@ -104,11 +111,11 @@ def test_lora_on_the_factors_trains_merges_and_loads(exported, fresh, tmp_path):
     trained = logits(adapted, tokens)
     adapted.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(torch_model(exported["hf"]), tmp_path / "adapter")
-    assert torch.equal(logits(again, tokens), trained)
+    torch.testing.assert_close(logits(again, tokens), trained, rtol=0, atol=1e-5)
     merged = again.merge_and_unload()
     assert (logits(merged, tokens) - trained).abs().max() <= 1e-5 * trained.abs().max()
     merged.save_pretrained(tmp_path / "merged")
-    assert torch.equal(logits(torch_model(tmp_path / "merged"), tokens), logits(merged, tokens))
+    assert same_weights(torch_model(tmp_path / "merged"), merged)
 
 
 def test_lora_on_a_factored_map_itself_is_refused(fresh):
@@ -153,7 +160,8 @@ def test_lm_eval_agrees_on_checkpoint_and_export(exported, harness, tmp_path, mo
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     rows = harness.compare(exported["checkpoint"], exported["hf"], task_files(tmp_path))
     assert {r["task"] for r in rows} == {"piqa", "arc_easy", "lambada_openai", "blimp_some"}
-    assert len(rows) == 8 and max(r["apart"] for r in rows) <= 1e-3
+    apart = [r for r in rows if r["apart"] > 1e-3]
+    assert len(rows) == 8 and not apart, str(apart)
     assert len({r["export"] for r in rows}) > 3  # not all the same number
 
 
@@ -167,11 +175,12 @@ def test_lm_eval_writes_and_rolls_with_the_jax_model(exported, harness):
     tokens = [model.eot_token_id, *model.tok_encode(text)]
     log_p = jax.nn.log_softmax(model.model.logits(np.array([tokens[:-1]]))[0])
     assert abs(alone - sum(float(log_p[i, t]) for i, t in enumerate(tokens[1:]))) < 1e-3
-    whole, cut = (
-        model.generate_until([Instance("generate_until", {}, (text, how), 0)])[0]
-        for how in ({"max_gen_toks": 12}, {"max_gen_toks": 12, "until": ["e"]})
-    )
-    assert whole.partition("e")[0] == cut and len(whole) > len(cut)
+    write = lambda **how: model.generate_until(  # noqa: E731
+        [Instance("generate_until", {}, (text, {"max_gen_toks": 12, **how}), 0)]
+    )[0]
+    whole = write()
+    stop = whole[len(whole) // 2]
+    assert write(until=[stop]) == whole.partition(stop)[0] != whole
 
 
 # ---- the card ------------------------------------------------------------------------------------
@@ -195,6 +204,7 @@ def test_the_card_says_where_a_model_comes_from_and_no_local_path(tmp_path):
     (tmp_path / "scores.json").write_text(json.dumps(scores))
     facts = road.export(small, tmp_path / "hf", layout="factored",
                         results=[tmp_path / "scores.json"])  # fmt: skip
+    before = json.loads((small / "compress.json").read_text())["parameters_before"]
     card = (tmp_path / "hf" / "README.md").read_text()
     head = huggingface_hub.metadata_load(tmp_path / "hf" / "README.md")
     assert head["license"] == "mit" and head["library_name"] == "transformers"
@@ -202,8 +212,8 @@ def test_the_card_says_where_a_model_comes_from_and_no_local_path(tmp_path):
     for said in (f"{facts['parameters']:,} parameters", "tiny-mamba", "**compress** of tiny-mamba",
                  "keep 0.8", "| piqa | 9 | acc | 0.6250 |", "nats per token 3.2500",
                  "delve eval --text held_back.txt", "trust_remote_code=True", "arxiv.org",
-                 'target_modules=["u", "v"]', f"{models.count(cfg):,} parameters"):  # fmt: skip
-        assert said in card, said
+                 'target_modules=["u", "v"]', f"parents' {before:,} parameters"):  # fmt: skip
+        assert said in card, (said, [line for line in card.splitlines() if "Kept" in line])
     assert str(tmp_path) not in card
     assert str(tmp_path) not in (tmp_path / "hf" / lineage.FILE).read_text()
     again = road.convert(tmp_path / "hf", tmp_path / "back")

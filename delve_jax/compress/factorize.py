@@ -81,12 +81,15 @@ def factor(
     if gram is not None and known < rank:
         v_IK, u_KO = v_IK[:, :known], u_KO[:known]
         if len(w_IO) < w_IO.shape[1]:
-            rest_OK, _ = _basis(w_IO - v_IK @ u_KO, rank - known, None, "")
+            rest_OK = _rest(w_IO, v_IK, u_KO, rank - known)
         else:
             rest_OK = eigh(sum(b.T @ b for _, b in _blocks(w_IO, v_IK, u_KO)))[1]
             rest_OK = rest_OK[:, : rank - known]
         if grad is None:
-            q_OK = scipy.linalg.qr(np.hstack([u_KO.T, rest_OK]), mode="economic")[0]
+            q_OK = np.empty((w_IO.shape[1], rank), order="F")  # LAPACK's own order: no copy
+            q_OK[:, :known], q_OK[:, known:] = u_KO.T, rest_OK
+            del rest_OK
+            q_OK = scipy.linalg.qr(q_OK, mode="economic", overwrite_a=True)[0]
             v_IK, u_KO = _times(w_IO, q_OK), q_OK.T
         else:
             v_IK = np.hstack([v_IK, _times(w_IO, rest_OK, v_IK, u_KO)])
@@ -256,6 +259,25 @@ def _basis(w_IO: Array, rank: int, gram: Array | None, over: str) -> tuple[Array
     a_OK = (p_II[:, :rank].T @ m_IO).T  # in LAPACK's own order, so that it needs no copy
     del m_IO
     return scipy.linalg.qr(a_OK, mode="economic", overwrite_a=True)[0], spectrum
+
+
+def _rest(w_IO: Array, v_IK: Array, u_KO: Array, rank: int) -> Array:
+    """Orthonormal output directions Q_OK of w - v u in order of energy, of a map with O > I.
+
+    ROWS columns at a time: of a head of 50,000 words each copy would be gigabytes.
+    """
+    n_in, n_out = w_IO.shape
+    parts = [slice(i, i + ROWS) for i in range(0, n_out, ROWS)]
+    left = lambda part: w_IO[:, part] - v_IK @ u_KO[:, part]  # noqa: E731
+    gram_II = np.zeros((n_in, n_in))
+    for part in parts:
+        rows_IO = left(part)
+        gram_II += rows_IO @ rows_IO.T
+    p_IK = eigh(gram_II)[1][:, :rank]
+    a_OK = np.empty((n_out, rank), order="F")
+    for part in parts:
+        a_OK[part] = left(part).T @ p_IK
+    return scipy.linalg.qr(a_OK, mode="economic", overwrite_a=True)[0]
 
 
 def _blocks(w_IO: Array, v_IK: Array | None = None, u_KO: Array | None = None):

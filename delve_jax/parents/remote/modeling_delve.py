@@ -730,8 +730,9 @@ class DelveForCausalLM(DelvePreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = self.config.use_cache and labels is None and not self.training
         cache = past_key_values if cache is None else cache
-        if self.training and self.is_gradient_checkpointing:  # a layer that runs twice would
-            use_cache, cache = False, None  # write its state twice
+        blocks = (block for expert in self.streams for block in expert.layers)
+        if self.training and any(block.gradient_checkpointing for block in blocks):
+            use_cache, cache = False, None  # a layer that runs twice would write its state twice
         if use_cache and cache is None:
             kind = DynamicCache if self.attention_index is not None else RecurrentCache
             cache = kind(config=self.config)
