@@ -22,6 +22,7 @@ from jax import lax
 from . import models
 from .config import Config, DelveError, to_json
 
+STATE_FORMAT = 2  # of saved states; those of another are refused (2: caches heads first)
 PAD_TO = 32  # prompts are left-padded to multiples of this, so few lengths are compiled
 
 
@@ -114,11 +115,14 @@ class LM:
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as err:
             raise DelveError(f"{path}: not a readable state ({err})") from None
         if made_for != self._fingerprint():
-            raise DelveError(f"{path}: was made by a model of another configuration")
+            raise DelveError(
+                f"{path}: was made by a model of another configuration, or by another version"
+            )
         return jax.tree.unflatten(jax.tree.structure(self.init_state(1)), leaves)
 
     def _fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(to_json(self.config)).encode()).hexdigest()
+        known = json.dumps([STATE_FORMAT, to_json(self.config)])
+        return hashlib.sha256(known.encode()).hexdigest()
 
     def _checked(self, tokens_BT) -> jax.Array:
         tokens = np.asarray(tokens_BT)

@@ -105,7 +105,7 @@ def trained(place):
 def test_train_leaves_a_checkpoint_with_its_record(trained):
     names = {p.name for p in trained.iterdir()}
     assert names == {"config.json", "metrics.jsonl", "params", "run.json", "tokenizer.json",
-                     "train.json"}  # fmt: skip
+                     "train.json", "lineage.json"}  # fmt: skip
     assert checkpoint.load_config(trained) == TINY
     assert (trained / "tokenizer.json").read_text() == TOKENIZER.read_text()
     lines = read_metrics(trained / "metrics.jsonl")
