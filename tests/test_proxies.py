@@ -20,12 +20,12 @@ def split():
     _, tok = parents.peek(upcycle.PROXIES / "neox")
     tokenizer, documents = data.load_tokenizer(tok, 3840), data.stdlib_documents()
     out = {}
-    for role in ("calibrate", "report"):
+    for role, count in (("calibrate", 72), ("report", 160)):
         ids = data.encode_documents(tokenizer, data.split(documents, role))
         # spread over all documents: the first windows would be one or two files, and moments and
         # weights fitted on those do not carry over
         rows = data.windows(ids, 128)
-        out[role] = np.array(rows[np.linspace(0, len(rows) - 1, 160).astype(int)])
+        out[role] = np.array(rows[np.linspace(0, len(rows) - 1, count).astype(int)])
     return out
 
 

@@ -28,9 +28,8 @@ PAPERS = {  # family -> (name, arXiv number)
 METRICS = {"bits_per_byte": "bits per byte", "nll_per_token": "nats per token"}
 LORA = """\
 The linears are low-rank already, so name their inner maps: `target_modules=["u", "v"]` (a name such
-as `in_proj` is refused by PEFT where that map is factored). Keep the rank of the adapter at most a
-quarter of the ranks in `config.json`; what was measured on adapters of the factors and beside them
-stands in delve-jax, `experiments/lora.py`."""
+as `in_proj` is refused by PEFT where that map is factored). Such an adapter moves only what the
+factors let through; one beside them (delve-jax, `experiments/lora.py`) is not measured yet."""
 
 
 def write(cfg: Config, facts: dict, lineage: Sequence[dict], results: Sequence[dict]) -> str:
