@@ -264,7 +264,7 @@ def picture(result, path):
     left.axhline(0.05, color="C2", lw=1)
     left.set_xticks(range(len(NAMES)), NAMES)
     left.set(yscale="log", ylabel="nats a token above the dense parent",
-             title="report split, 3 seeds: compressed (square), refined (circle)\n"
+             title="report split, every seed: compressed (square), refined (circle)\n"
              "dashed: 60 % recovered; green: 0.05 nats")  # fmt: skip
     rows = {r["variant"]: r for r in result["rows"] if r["split"] == "choose"}
     names = [v for v in VARIANTS if v in rows]
