@@ -76,6 +76,15 @@ def read(folder: str | Path) -> list[dict]:
     """The lineage of a directory; [] where it was made before there was one."""
     file = Path(folder) / FILE
     steps = read_json(file).get("steps") if file.is_file() else []
-    if not isinstance(steps, list) or not all(isinstance(s, dict) and "verb" in s for s in steps):
-        raise DelveError(f"{file}: field 'steps' must be a list of steps, each with its 'verb'")
+    if not isinstance(steps, list) or not all(map(_is_step, steps)):
+        raise DelveError(
+            f"{file}: field 'steps' must be a list of steps, each with its 'verb', parents with "
+            "'name' and 'family'"
+        )
     return steps
+
+
+def _is_step(entry) -> bool:
+    if not isinstance(entry, dict) or "verb" not in entry:
+        return False
+    return entry["verb"] != "parent" or {"name", "family"} <= entry.keys()

@@ -1,8 +1,7 @@
 """Every test: JAX on the CPU, matmuls in full float32, compiled programs cached between runs.
 
 Set before jax is imported anywhere. Tests that need several devices start their own process.
-LLVM's optimisation and XLA's fusion emitters are off: the models are tiny, and compiling them takes
-three times as long with either.
+LLVM's optimisation is off: the models are tiny, and compiling them takes three times as long with.
 Compiled programs are dropped before a process holds more memory maps than Linux lets it have.
 """
 
@@ -12,18 +11,13 @@ from pathlib import Path
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "delve_jax" / "jax-tests"
 
-import jaxlib.version  # noqa: E402  (starts nothing)
-
 os.environ["JAX_PLATFORMS"] = "cpu"  # the environment, so that tests' own processes inherit it
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "xla_backend_optimization_level" not in (flags := os.environ.get("XLA_FLAGS", "")):
-    quick = "--xla_backend_optimization_level=0"
-    if jaxlib.version.__version__.startswith("0.10."):  # XLA dies of a flag that it does not know
-        quick += " --xla_cpu_use_fusion_emitters=false"
-    os.environ["XLA_FLAGS"] = f"{flags} {quick}".strip()
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

@@ -236,5 +236,10 @@ def test_the_card_of_an_unknown_origin_says_so(tmp_path):
     (tmp_path / "c" / lineage.FILE).write_text('{"steps": [1]}')
     with pytest.raises(DelveError, match="field 'steps'"):
         road.export(tmp_path / "c", tmp_path / "hf", overwrite=True)
+    (tmp_path / "c" / lineage.FILE).unlink()
+    for wrong, message in (({"rows": []}, "damaged"), ({"x": 1}, "neither")):
+        with pytest.raises(DelveError, match=f"--results: .*{message}"):
+            road.export(tmp_path / "c", tmp_path / "other", results=[wrong])
+        assert not (tmp_path / "other").exists()
     with pytest.raises(DelveError, match="no such file"):
         road.export(tmp_path / "c", tmp_path / "other", results=[tmp_path / "missing.json"])

@@ -15,7 +15,7 @@ from pathlib import Path
 import huggingface_hub
 
 from .. import models
-from ..config import Config, ParentConfig
+from ..config import Config, DelveError, ParentConfig
 from .stock import dense_parents
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -192,7 +192,16 @@ def _value(value) -> str:
 
 
 def _results(results: Sequence[dict]) -> str:
-    parts = ["\n".join(part) for one in results for part in _tables(one)]
+    parts = []
+    for one in results:
+        try:
+            found = ["\n".join(part) for part in _tables(one)]
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as err:
+            raise DelveError(f"--results: a damaged result ({type(err).__name__}: {err})") from None
+        if not found:
+            raise DelveError("--results: neither the output of `delve eval --json` nor a report of "
+                             "`delve upcycle`")  # fmt: skip
+        parts += found
     return "\n\n".join(parts) or (
         "None were handed to `delve export --results`; score it with `delve eval`."
     )
