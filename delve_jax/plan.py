@@ -70,14 +70,7 @@ def forward_flops(cfg: Config, T: int) -> int:
     total = 2 * _matmul_size(cfg, tree)
     if cfg.tie_embeddings:
         total += 2 * sum(x.size for x in jax.tree.leaves(tree["embed"]))
-    if cfg.family in ("neox", "qwen3"):
-        head = getattr(cfg, "head_dim", None) or cfg.d_model // cfg.n_heads
-        total += cfg.n_layers * (4 * T * cfg.n_heads * head + 3 * T * cfg.n_heads)
-    elif cfg.family == "mamba":  # exp(dt A) s + dt u B and s C, and the convolution
-        total += cfg.n_layers * cfg.d_inner * (7 * cfg.d_state + 2 * cfg.d_conv)
-    else:  # wkv: two exponentials, numerator and denominator, for state and output
-        total += cfg.n_layers * 14 * cfg.d_att
-    return total
+    return total + cfg.n_layers * models.FAMILY[cfg.family].mixer_flops(cfg, T)
 
 
 def train_flops(cfg: Config, T: int, teachers: tuple = ()) -> int:
@@ -99,7 +92,14 @@ def plan(
     """Parameters, FLOPs, bytes per device, steps and time of training a preset or a source.
 
     objective: "ce", or "ce+kl" (a DELVE's default) where the dense parents are held as teachers.
-    device: whose peak rate and memory; mfu: share of it that is assumed.
+    device: whose peak rate and memory; mfu: share of it that is assumed. no_compile: without the
+    activations, in a moment. DelveError: an unknown preset or device, settings that do not fit.
+
+    >>> import delve_jax
+    >>> settings = delve_jax.Settings(tokens=500_000_000, batch=64)
+    >>> r = delve_jax.plan("pythia-31m", settings, mesh="data=8", no_compile=True)
+    >>> r["parameters"], r["devices"], r["steps"]
+    (30494720, 8, 15259)
     """
     if target is None:
         raise DelveError("name a preset (`delve plan --list`) or a source")

@@ -37,6 +37,7 @@ from .compress.allocate import smallest
 from .compress.spectra import InMemory
 from .config import DelveError, read_json
 from .metrics import versions
+from .parents.export import check_blocks
 from .train.loop import Saving
 from .train.run import Settings
 
@@ -202,7 +203,11 @@ def upcycle(
     """Parents -> compressed -> fused -> healed -> exported -> report; resumes when repeated.
 
     keep: all parameters of the DELVE (hub, gate, tables included) over the parents' sum, counted
-    at valid vocabulary rows. heal_tokens: default 80,000; 0 stops after fusion.
+    at valid vocabulary rows. heal_tokens: default 80,000; 0 stops after fusion. text, calibrate,
+    report_text: files of three roles; without them the standard library's documents. What stands in
+    `out`: see above. -> report.json: rows (name, parameters, nll_per_token, bits_per_byte, ...).
+    DelveError: parents of different tokenizers, a ratio that cannot be met (says which can), report
+    text that is trained on.
     """
     heal_tokens = 80_000 if heal_tokens is None else heal_tokens
     sources = [str(s) for s in (sources or embedded_parents())]
@@ -232,6 +237,7 @@ def upcycle(
         raise DelveError(f"{sources[0]}: has no tokenizer.json; upcycle needs one to read text")
     names = _unique([road.name_of(s) for s in sources])
     configs = [(n, cfg) for n, (cfg, _) in zip(names, known, strict=True)]
+    check_blocks(configs)  # the road ends in an export: better to know before than after
     if method == "delve" and len(sources) > 1:
         budget = together_budget(configs, keep)
         if not (work / "fused").exists():

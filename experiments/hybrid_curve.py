@@ -2,8 +2,8 @@
 
 Command: python experiments/hybrid_curve.py [--sizes X ...] [--seeds N ...]; repeat it to go on.
 At N = X times the largest parent: DELVE; each single parent compressed to N (itself, dense, where N
-is more than it has) and healed with the same tokens and the same teacher pool; the ensemble of the
-four parents at the same keep ratio, each healed alone on the same tokens, pooled with weights
+is more than it has) and healed with the same tokens and the same teacher pool; each parent at the
+keep ratio of the whole, healed so (part-NAME), and the ensemble of these four, pooled with weights
 fitted afterwards; a Qwen3 of size N by the Delphi recipe from scratch on the same tokens. Choices
 that could favour DELVE: none was tuned here; the rate is that of the quickstart for all but the
 model from scratch, which takes the recipe's. Nats a token on the report split, three seeds.
@@ -25,11 +25,15 @@ from delve_jax.train import run
 SIZES = (0.5, 1.0, 1.25)
 
 
-def of_delve(N, seed, **_):
+def delve(N, seed):
+    """The healed DELVE of N parameters."""
     cfg, params, _ = hybrid.hybrid(N, seed)
-    before = float(hybrid.nats(cfg, params, "report").mean())
-    cfg, params = hybrid.healed(f"curve-delve-{N}-s{seed}", cfg, params, seed)
-    return hybrid.scored(cfg, params, step_0=before)
+    return hybrid.healed(f"delve-{N}-s{seed}", cfg, params, seed)
+
+
+def of_delve(N, seed):
+    before = hybrid.nats(*hybrid.hybrid(N, seed)[:2], "report").mean()
+    return hybrid.scored(*delve(N, seed), step_0=float(before))
 
 
 def of_single(N, seed, name):
@@ -39,25 +43,24 @@ def of_single(N, seed, name):
     return hybrid.scored(cfg, params, step_0=before)
 
 
-def of_ensemble(N, seed, **_):
-    """Four parents at one keep ratio that sum to N, each healed against its own dense parent and
-    the pool alike (the teacher of all), pooled afterwards on calibration tokens."""
+def part(N, seed, name):
+    """A parent at the keep ratio at which all four together have N parameters, healed alone."""
     total = sum(models.count(hybrid._source(n).cfg) for n in hybrid.NAMES)
-    made = []
-    for name in hybrid.NAMES:
-        own = int(models.count(hybrid._source(name).cfg) / total * (N - len(hybrid.NAMES)))
-        cfg, params = hybrid.single(name, own, seed)
-        cfg, params = hybrid.healed(f"curve-part-{name}-{N}-s{seed}", cfg, params, seed)
-        made.append((name, cfg, params))
+    own = int(models.count(hybrid._source(name).cfg) / total * (N - len(hybrid.NAMES)))
+    cfg, params = hybrid.single(name, own, seed)
+    return hybrid.healed(f"curve-part-{name}-{N}-s{seed}", cfg, params, seed)
+
+
+def ensemble(N, seed):
+    """The four healed parts side by side, pooled afterwards on calibration tokens."""
+    made = [(name, *part(N, seed, name)) for name in hybrid.NAMES]
     rows = hybrid.calibration(seed)[: len(hybrid.calibration(seed)) // 2]
     cfg, params, _ = fuse.fuse(made, rows, connectors="none", seed=seed)
     cfg = dataclasses.replace(cfg, gate_proj=0, gate_hidden=0)
-    params = {k: v for k, v in params.items() if k != "gate"}
-    parts = {n: float(hybrid.nats(c, p, "report").mean()) for n, c, p in made}
-    return hybrid.scored(cfg, params, parts=parts)
+    return cfg, {k: v for k, v in params.items() if k != "gate"}
 
 
-def of_scratch(N, seed, **_):
+def of_scratch(N, seed):
     """Qwen3 by the recipe's shape rules at the nearest size of at most N parameters."""
     vocab = hybrid.dense("rwkv")[0].vocab_size
     rules = dataclasses.replace(
@@ -83,8 +86,10 @@ def of_scratch(N, seed, **_):
 
 
 MAKERS = {
-    "delve": of_delve, "ensemble": of_ensemble, "scratch": of_scratch,
-    **{name: (lambda N, seed, name=name: of_single(N, seed, name)) for name in hybrid.NAMES},
+    "delve": of_delve, "scratch": of_scratch,
+    "ensemble": lambda N, seed: hybrid.scored(*ensemble(N, seed)),
+    **{f"part-{n}": (lambda N, seed, n=n: hybrid.scored(*part(N, seed, n))) for n in hybrid.NAMES},
+    **{n: (lambda N, seed, n=n: of_single(N, seed, n)) for n in hybrid.NAMES},
 }  # fmt: skip
 
 

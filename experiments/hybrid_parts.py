@@ -57,6 +57,8 @@ def make(cell, seed):
     cfg, params, report = hybrid.hybrid(**{"N": N, "seed": seed} | built)
     before = hybrid.scored(cfg, params)
     key = f"parts-{cell.replace(' ', '-').replace(',', '')}-s{seed}"
+    if cell == "base":
+        key = f"delve-{N}-s{seed}"  # hybrid_curve.py's model of this size is the same
     names = built.get("names", hybrid.NAMES)
     cfg, params = hybrid.healed(key, cfg, params, seed, names, **how)
     row = hybrid.scored(cfg, params, step_0=before["report"], step_0_choose=before["choose"])

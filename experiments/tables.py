@@ -1,4 +1,4 @@
-"""Write the README tables from experiments/results/*.json; `--check` says whether they agree.
+"""Write the tables of README and docs/results.md from experiments/results; `--check`: in step?
 
 Command: python experiments/tables.py   (experiments/quickstart.py --record writes quickstart.json)
 """
@@ -12,6 +12,7 @@ from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 
 
 def quickstart() -> str:
@@ -335,6 +336,84 @@ def tiers() -> str:
     ))  # fmt: skip
 
 
+def _mean(rows: list[dict], key: str) -> float:
+    return sum(row[key] for row in rows) / len(rows)
+
+
+def _cells(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows of the hybrid studies by their cell."""
+    return {c: [r for r in rows if r["cell"] == c] for c in dict.fromkeys(r["cell"] for r in rows)}
+
+
+def _gap(x: dict | None) -> str:
+    """A paired difference with its interval."""
+    return f"{x['mean']:+.4f} [{x['low']:+.4f}, {x['high']:+.4f}]" if x else ""
+
+
+def hybrid_parts() -> str:
+    """What each part of a DELVE is worth."""
+    r = json.loads((RESULTS / "hybrid_parts.json").read_text())
+    cells, rows = _cells(r["rows"]), []
+    for name in sorted(cells, key=lambda c: (c != "base", _mean(cells[c], "report"))):
+        mine, gap = cells[name], r["against_base"].get(name, {})
+        rows.append((name, f"{_mean(mine, 'parameters'):,.0f}", f"{len(mine)}",
+                     f"{_mean(mine, 'step_0'):.4f}", f"{_mean(mine, 'report'):.4f}",
+                     _gap(gap.get("report"))))  # fmt: skip
+    head = ("cell", "parameters", "seeds", "step 0", "healed", "minus base, 95 %")
+    lines = [
+        f"Nats per token on {r['scored_tokens']:,} report tokens, {r['healing_tokens']:,} healing "
+        "tokens each; one difference from `base` a cell:", "", *_table(head, rows),
+    ]  # fmt: skip
+    if "cross - self" in r["against_base"]:
+        lines += ["", "Cross minus self connectors (the same parameters; self hears only its own "
+                  f"stream): {_gap(r['against_base']['cross - self']['report'])}."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def hybrid_curve() -> str:
+    """DELVE against what else the same parameters and tokens could be."""
+    r = json.loads((RESULTS / "hybrid_curve.json").read_text())
+    cells, rows = _cells(r["rows"]), []
+    for size, gaps in sorted(r["delve_minus"].items(), key=lambda x: float(x[0])):
+        rows.append((f"**{size}** DELVE", *_scores(cells[f"delve {size}"]), ""))
+        for kind, gap in sorted(
+            gaps.items(), key=lambda x: _mean(cells[f"{x[0]} {size}"], "report")
+        ):
+            rows.append((f"{size} {kind}", *_scores(cells[f"{kind} {size}"]), _gap(gap)))
+    for name in sorted(c for c in cells if c.startswith("dense")):
+        rows.append((name, *_scores(cells[name]), ""))
+    head = ("N and model", "parameters", "seeds", "nats per token", "DELVE minus it, 95 %")
+    return "\n".join([
+        f"N in units of the largest parent ({r['largest']:,} parameters), {r['healing_tokens']:,} "
+        f"tokens of healing (or of training) each, {r['scored_tokens']:,} report tokens:", "",
+        *_table(head, rows),
+    ])  # fmt: skip
+
+
+def _scores(rows: list[dict]) -> tuple[str, str, str]:
+    return f"{_mean(rows, 'parameters'):,.0f}", f"{len(rows)}", f"{_mean(rows, 'report'):.4f}"
+
+
+def hybrid_tasks() -> str:
+    """BLiMP, LAMBADA and bits per byte."""
+    r = json.loads((RESULTS / "hybrid_tasks.json").read_text())
+    cells, rows = _cells(r["rows"]), []
+    for name, mine in sorted(cells.items(), key=lambda x: -_mean(x[1], "blimp_corrected")):
+        bits = [sum(x["bits_per_byte"].values()) / len(x["bits_per_byte"]) for x in mine]
+        rows.append((name, f"{_mean(mine, 'parameters'):,.0f}", f"{len(mine)}",
+                     f"{100 * _mean(mine, 'blimp_corrected'):.1f}",
+                     f"{100 * _mean(mine, 'lambada'):.1f}",
+                     f"{_mean(mine, 'lambada_nats_per_token'):.3f}",
+                     f"{sum(bits) / len(bits):.4f}"))  # fmt: skip
+    names = list(next(iter(cells.values()))[0]["blimp_each"])
+    head = ("model", "parameters", "seeds", "BLiMP, % above chance", "LAMBADA, %",
+            "LAMBADA, nats per token", "bits per byte, mean of the sources")  # fmt: skip
+    return "\n".join([
+        f"BLiMP: {len(names)} paradigms, the first {r['pairs']} pairs of each, 0 is chance; "
+        f"LAMBADA: {r['lambada_lines']} lines:", "", *_table(head, rows),
+    ])  # fmt: skip
+
+
 BLOCKS = (
     quickstart, proxies, interruption, sharding, training, optimisers, compression, shared_tables,
     refinement, generation, compress_memory, hybrid_diversity, delphi, ladder, tiers,
@@ -342,16 +421,18 @@ BLOCKS = (
 
 
 def main(argv=None) -> int:
-    """Fill (or check) every `<!-- NAME --> ... <!-- /NAME -->` block."""
-    readme = ROOT / "README.md"
-    text = old = readme.read_text()
+    """Fill (or check) every `<!-- NAME --> ... <!-- /NAME -->` block; each stands on one page."""
+    pages = {page: page.read_text() for page in PAGES}
+    old = dict(pages)
     for make in BLOCKS:
         start, end = f"<!-- {make.__name__} -->", f"<!-- /{make.__name__} -->"
-        before, rest = text.split(start)
-        text = f"{before}{start}\n{make()}\n{end}{rest.split(end)[1]}"
+        (page,) = (p for p, text in pages.items() if start in text)
+        before, rest = pages[page].split(start)
+        pages[page] = f"{before}{start}\n{make()}\n{end}{rest.split(end)[1]}"
     if "--check" in (argv if argv is not None else sys.argv[1:]):
-        return int(text != old)
-    readme.write_text(text)
+        return int(pages != old)
+    for page, text in pages.items():
+        page.write_text(text)
     return 0
 
 

@@ -356,7 +356,7 @@ def test_activations_that_are_not_finite_name_their_map(tmp_path, monkeypatch, r
 def test_residual_outputs_are_added_as_they_are(family, randomised):
     """What `RESIDUAL` says of the last map of a block: its output moves the block's by as much."""
     cfg = FAMILIES[family]
-    for name in [n for n, where in anchor.RESIDUAL[family].items() if where == "out"]:
+    for name in [n for n, where in models.FAMILY[family].RESIDUAL.items() if where == "out"]:
         layer = jax.tree.map(lambda a: a[0], randomised(cfg, 0)["layers"])
         x_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, cfg.d_model)), jnp.float32)
         ctx = models.FAMILY[family].context(cfg, x_BTD)[0]

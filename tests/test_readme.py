@@ -1,4 +1,4 @@
-"""The README's tables are those of the committed result files."""
+"""The tables of README and docs/results.md are those of the committed result files."""
 
 import subprocess
 import sys

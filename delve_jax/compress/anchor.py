@@ -40,14 +40,6 @@ PLENTY = 0.05  # of the divergence: a blend that takes so much off is taken as i
 # Maps with more inputs keep the factors of pass 1: at 16384 the Gram of the inputs and its
 # factorisation take 4 GiB and 1.5e12 operations a layer (compression.md section 10).
 WIDEST = 8192
-# Outputs that are added to the residual stream as they are: where the stream of the block is. RWKV
-# gates what its channel mixing adds, Qwen3's and NeoX's blocks are two steps (or two branches).
-RESIDUAL = {
-    "neox": {"att/out": "in", "mlp/down": "out"},
-    "qwen3": {"att/o": "in", "mlp/down": "out"},
-    "mamba": {"out_proj": "out"},
-    "rwkv": {"att/output": "in"},
-}
 
 
 def _watched(cfg: ParentConfig, layer: dict, x_BTD) -> tuple[jax.Array, dict]:
@@ -81,7 +73,7 @@ def _sums(cfg: ParentConfig, small: ParentConfig, name: str):
         if y_NO.shape[1] > x_NI.shape[1] and not fewer:
             drift = x_NI - z_NI
         else:
-            drift, stream = y_NO - w_NO, RESIDUAL[cfg.family].get(name)
+            drift, stream = y_NO - w_NO, fam.RESIDUAL.get(name)
             if stream == "in":
                 drift = drift + (x_BTD - z_BTD).reshape(drift.shape)
             elif stream == "out":  # holds this map's own share of the difference
@@ -158,7 +150,7 @@ def best(
 
 def _folder(spectra: Spectra, plan: Plan, centred: bool, blend: float) -> Path:
     """Where what one blend fits for a plan is kept."""
-    how = [centred, RIDGE, blend, WIDEST, RESIDUAL[spectra.cfg.family]]
+    how = [centred, RIDGE, blend, WIDEST, models.FAMILY[spectra.cfg.family].RESIDUAL]
     key = json.dumps([plan.ranks, plan.neurons, plan.budget, plan.tables, how])
     return spectra.folder / f"anchor-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 

@@ -103,7 +103,7 @@ def student(out: Assembled) -> Student:
 
 def _as_dense(tree: dict, like: dict) -> dict:
     """Factors multiplied out, and zeros for the neurons that went, which do nothing."""
-    if "v" in tree:
+    if "v" in tree and "u" in tree:  # "v" alone: attention's map of values
         tree = {"kernel": np.asarray(tree["v"]) @ np.asarray(tree["u"]),
                 **{key: a for key, a in tree.items() if key == "bias"}}  # fmt: skip
     out = {}

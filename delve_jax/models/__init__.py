@@ -31,8 +31,11 @@ from .linear import (
     truncated,
 )
 
+# Beside its `Block` a family says: FACTORABLE and MLP, its maps in the order in which they run;
+# NORM, the kind of its final norm (layer, rms, or bare: no parameters); RESIDUAL, the outputs that
+# are added to the residual stream as they are, and where of the block the stream stands that
+# `compress.anchor` compares (in, out). `parents.register` adds families from outside.
 FAMILY = {"mamba": mamba, "rwkv": rwkv, "neox": neox, "qwen3": qwen3}
-RMS = ("mamba", "qwen3")  # families whose final norm is an RMSNorm
 
 
 REMAT = {
@@ -71,10 +74,10 @@ def embed_tokens(cfg: ParentConfig, params: dict, tokens_BT, how: Compute = F32)
 
 def final_features(cfg: ParentConfig, params: dict, x_BTD: jax.Array) -> jax.Array:
     """f = final norm of the residual stream, the input of the head."""
-    if cfg.family in RMS:
+    if FAMILY[cfg.family].NORM == "rms":
         return rms_norm(x_BTD, cfg.norm_eps, params["norm_f"]["scale"])
     eps = rwkv.FINAL_EPS if cfg.family == "rwkv" else cfg.norm_eps
-    return layer_norm(params["norm_f"], x_BTD, eps)
+    return layer_norm(params.get("norm_f", {}), x_BTD, eps)  # a bare one has no parameters
 
 
 def head_logits(cfg: ParentConfig, params: dict, f_BTD: jax.Array) -> jax.Array:
@@ -200,12 +203,12 @@ def _init_parent(cfg: ParentConfig, key: jax.Array) -> dict:
     if cfg.family == "qwen3":
         of_embed, of_head = truncated(1 / cfg.d_model), truncated(cfg.d_model**-0.5)
     table = Table(cfg.vocab_rows, cfg.d_model, cfg.factored("embed"), of_embed)
-    norm = Norm("rms" if cfg.family in RMS else "layer", cfg.norm_eps)
     params = {
         "embed": table.init(k_embed, jnp.zeros((1,), int))["params"],
         "layers": fam.init_layers(cfg, layers, k_more),
-        "norm_f": norm.init(key, x)["params"],
     }
+    if fam.NORM != "bare":
+        params["norm_f"] = Norm(fam.NORM, cfg.norm_eps).init(key, x)["params"]
     if cfg.family == "rwkv":
         params["ln0"] = Norm("layer", cfg.norm_eps).init(key, x)["params"]
     if not cfg.tie_embeddings:

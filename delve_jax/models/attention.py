@@ -125,6 +125,11 @@ def _backward(causal, saved, g_BGnTh):
 _attention.defvjp(_forward, _backward)
 
 
+def flops(T: int, heads: int, head_dim: int) -> int:
+    """FLOPs of a token and layer over the full T: scores, what they weigh, 3 a softmax weight."""
+    return 4 * T * heads * head_dim + 3 * T * heads
+
+
 def init_caches(cfg, batch: int, max_len: int, n_kv: int, head_dim: int, dtype) -> dict:
     """Empty caches for `max_len` tokens."""
     shape = (cfg.n_layers, batch, n_kv, max_len, head_dim)

@@ -239,11 +239,14 @@ class Table(nn.Module):
 
 
 def layer_norm(p: dict, x: jax.Array, eps: float) -> jax.Array:
-    """LayerNorm with the biased variance in float32 (two passes: the fast form loses digits)."""
+    """LayerNorm with the biased variance in float32 (two passes: the fast form loses digits).
+
+    p: scale and bias, or empty: neither.
+    """
     x32 = wide(x)
     centred = x32 - x32.mean(-1, keepdims=True)
     y = centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + eps)
-    return (y * p["scale"] + p["bias"]).astype(x.dtype)
+    return (y * p["scale"] + p["bias"] if p else y).astype(x.dtype)
 
 
 def rms_norm(x: jax.Array, eps: float, scale: jax.Array | None = None) -> jax.Array:

@@ -14,6 +14,8 @@ from .scan import selective_scan, starts_of
 
 FACTORABLE = ("in_proj", "out_proj")  # x_proj and dt_proj are narrow already
 MLP = ()  # no neurons to prune
+RESIDUAL = {"out_proj": "out"}
+NORM = "rms"
 
 
 def causal_conv(u_BTE, kernel_WE, bias_E, state_BWE, segments_BT=None):
@@ -112,6 +114,11 @@ def init_state(cfg: MambaConfig, batch: int, max_len: int, dtype=jnp.float32) ->
             "ssm": jnp.zeros((*lead, cfg.d_inner, cfg.d_state), at_least_f32(dtype)),
         }
     }
+
+
+def mixer_flops(cfg: MambaConfig, T: int) -> int:
+    """Of a token and layer, beside its maps: exp(dt A) s + dt u B, s C, and the convolution."""
+    return cfg.d_inner * (7 * cfg.d_state + 2 * cfg.d_conv)
 
 
 def context(

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..config import NeoxConfig
-from .attention import angles_and_mask, attend, frequencies, init_caches
+from .attention import angles_and_mask, attend, flops, frequencies, init_caches
 from .linear import Linear, Norm, routed
 
 FACTORABLE = ("att/qkv", "att/out", "mlp/up", "mlp/down")
 MLP = ("mlp/up", "mlp/down")  # the last reads the neurons that the others make
+RESIDUAL = {"att/out": "in", "mlp/down": "out"}
+NORM = "layer"
 
 
 class Attention(nn.Module):
@@ -74,6 +76,11 @@ def init_layers(cfg: NeoxConfig, layers: dict, key: jax.Array) -> dict:
 def init_state(cfg: NeoxConfig, batch: int, max_len: int, dtype=jnp.float32) -> dict:
     """Empty caches for `max_len` tokens."""
     return init_caches(cfg, batch, max_len, cfg.n_heads, cfg.d_model // cfg.n_heads, dtype)
+
+
+def mixer_flops(cfg: NeoxConfig, T: int) -> int:
+    """Of a token and layer, beside its maps: attention over the full T."""
+    return flops(T, cfg.n_heads, cfg.d_model // cfg.n_heads)
 
 
 def context(

@@ -10,11 +10,13 @@ import numpy as np
 from flax import linen as nn
 
 from ..config import Qwen3Config
-from .attention import angles_and_mask, attend, frequencies, init_caches
+from .attention import angles_and_mask, attend, flops, frequencies, init_caches
 from .linear import Linear, Norm, routed, truncated
 
 FACTORABLE = ("att/q", "att/k", "att/v", "att/o", "mlp/gate", "mlp/up", "mlp/down")
 MLP = ("mlp/gate", "mlp/up", "mlp/down")  # the last reads the neurons that the others make
+RESIDUAL = {"att/o": "in", "mlp/down": "out"}
+NORM = "rms"
 
 
 class Attention(nn.Module):
@@ -77,6 +79,11 @@ def init_layers(cfg: Qwen3Config, layers: dict, key) -> dict:
 def init_state(cfg: Qwen3Config, batch: int, max_len: int, dtype=jnp.float32) -> dict:
     """Empty caches for `max_len` tokens."""
     return init_caches(cfg, batch, max_len, cfg.n_kv_heads, cfg.head_dim, dtype)
+
+
+def mixer_flops(cfg: Qwen3Config, T: int) -> int:
+    """Of a token and layer, beside its maps: attention over the full T."""
+    return flops(T, cfg.n_heads, cfg.head_dim)
 
 
 def rope_frequencies(cfg: Qwen3Config) -> np.ndarray:

@@ -18,6 +18,8 @@ FACTORABLE = (
     "ffn/receptance",
 )  # fmt: skip
 MLP = ("ffn/key", "ffn/value")  # the last reads the neurons that the others make
+RESIDUAL = {"att/output": "in"}  # what its channel mixing adds is gated
+NORM = "layer"
 FINAL_EPS = 1e-5  # ln_out ignores layer_norm_epsilon in every published implementation
 
 
@@ -137,6 +139,12 @@ def init_state(cfg: RwkvConfig, batch: int, max_len: int, dtype=jnp.float32) -> 
             "p": jnp.full((*lead, cfg.d_att), NEG, wide_dtype),
         }
     }
+
+
+def mixer_flops(cfg: RwkvConfig, T: int) -> int:
+    """Of a token and layer, beside its maps: wkv, two exponentials, numerator and denominator, for
+    state and output."""
+    return 14 * cfg.d_att
 
 
 def context(

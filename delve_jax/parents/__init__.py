@@ -12,16 +12,24 @@ from pathlib import Path
 
 import jax
 
-from .. import checkpoint, models, parallel
-from ..config import Config, DelveError, read_json
+from .. import checkpoint, config, models, parallel
+from ..config import Config, DelveError, ParentConfig, read_json
 from ..models import elastic
 from ..models.delve import subset
 from .layerwise import Files, Saved
-from .stock import dense_parents, describe, export_stock, family_of, load_stock
+from .stock import (
+    FAMILIES,
+    MODEL_TYPES,
+    dense_parents,
+    describe,
+    export_stock,
+    family_of,
+    load_stock,
+)
 
 __all__ = [
     "commit", "dense_parents", "describe", "detect", "export_stock", "load", "open_layers", "part",
-    "peek", "resolve",
+    "peek", "register", "resolve",
 ]  # fmt: skip
 
 _HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
@@ -33,6 +41,30 @@ _FORMATS = (  # in order of preference
     r"model-\d+-of-\d+\.safetensors|model\.safetensors(\.index\.json)?",
     r"pytorch_model-\d+-of-\d+\.bin|pytorch_model\.bin(\.index\.json)?",
 )
+
+CONTRACT = (  # what the two modules of a family define, first models/NAME.py, then parents/NAME.py
+    "FACTORABLE", "MLP", "RESIDUAL", "NORM", "Block", "init_layers", "init_state", "mixer_flops",
+    "context", "MODEL_TYPE", "ARCHITECTURE", "EMBED", "HEAD", "TIED_BY_DEFAULT", "KEEP_WIDE",
+    "PAPER", "canonical", "check_names", "config", "stock", "rows",
+)  # fmt: skip
+
+
+def register(cls: type[ParentConfig], family) -> None:
+    """Make a parent family known that is no part of the package; see docs/new_family.md.
+
+    cls: its frozen config class; family: a module (or any object) with all names of `CONTRACT`.
+    DelveError: a name is missing, or the family or its `model_type` is there already.
+    """
+    if missing := [name for name in CONTRACT if not hasattr(family, name)]:
+        raise DelveError(f"family '{cls.family}': does not define {', '.join(missing)}")
+    if cls.family in config.FAMILIES or family.MODEL_TYPE in MODEL_TYPES:
+        raise DelveError(
+            f"family '{cls.family}' (model_type '{family.MODEL_TYPE}'): is there already; families "
+            f"are {', '.join(config.FAMILIES)}"
+        )
+    config.FAMILIES[cls.family] = cls
+    models.FAMILY[cls.family] = FAMILIES[cls.family] = family
+    MODEL_TYPES[family.MODEL_TYPE] = cls.family
 
 
 def resolve(src: str | Path) -> Path:

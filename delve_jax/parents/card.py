@@ -16,15 +16,9 @@ import huggingface_hub
 
 from .. import models
 from ..config import Config, DelveError, ParentConfig
-from .stock import dense_parents
+from .stock import FAMILIES, dense_parents
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-PAPERS = {  # family -> (name, arXiv number)
-    "mamba": ("Mamba", "2312.00752"),
-    "rwkv": ("RWKV", "2305.13048"),
-    "neox": ("GPT-NeoX-20B", "2204.06745"),
-    "qwen3": ("Qwen3", "2505.09388"),
-}
 METRICS = {"bits_per_byte": "bits per byte", "nll_per_token": "nats per token"}
 LORA = """\
 The linears are low-rank already, so name their inner maps: `target_modules=["u", "v"]` (a name such
@@ -284,7 +278,7 @@ def _use(cfg: Config, lineage: Sequence[dict]) -> str:
 def _citation(cfg: Config) -> str:
     families = dict.fromkeys(sub.family for _, sub in _streams(cfg))
     papers = [f"[{name}](https://arxiv.org/abs/{number})"
-              for name, number in (PAPERS[f] for f in families)]  # fmt: skip
+              for name, number in (FAMILIES[f].PAPER for f in families)]  # fmt: skip
     entry = (
         "```bibtex\n@software{delve_jax,\n  title = {delve-jax: low-rank autoregressive hybrids "
         "of pretrained language models},\n  year = {2026}\n}\n```"

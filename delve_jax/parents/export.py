@@ -17,17 +17,20 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import Config, DelveConfig, DelveError, read_json, to_json
+from ..config import Config, DelveConfig, DelveError, ParentConfig, read_json, to_json
 from ..models.delve import whole
 from . import card
 from .delve import entries, leaf_at, leaves, read_exported_delve
 
-__all__ = ["densify", "export_hf", "read_exported_delve", "verify_hf", "write_tokenizer"]
+__all__ = [
+    "check_blocks", "densify", "export_hf", "read_exported_delve", "verify_hf", "write_tokenizer",
+]  # fmt: skip
 
 REMOTE = Path(__file__).parent / "remote"
 RECORD = "delve_export.json"  # what was exported from where; makes a repeated command a no-op
 SHARD_BYTES = 4 << 30
 SMALL = 20_000_000
+BLOCKS = ("mamba", "rwkv", "neox")  # families that remote/modeling_delve.py has a block of
 TOLERANCE = 1e-4  # of max |logit|, float32 on both sides
 ROUNDED = 3e-2  # the same where products of factors were rounded to a 16-bit dtype
 
@@ -43,13 +46,25 @@ def as_delve(cfg: Config, params: dict) -> tuple[DelveConfig, dict]:
     return one, {"streams": {cfg.family: params}, "pool": {"a": np.ones(1, np.float32)}}
 
 
+def check_blocks(streams: Sequence[tuple[str, ParentConfig]]) -> None:
+    """DelveError where a stream has no PyTorch block: its DELVE cannot leave for transformers."""
+    for name, sub in streams:
+        if sub.family not in BLOCKS:
+            raise DelveError(
+                f"stream {name}: family '{sub.family}' has no PyTorch block in "
+                f"delve_jax/parents/remote/modeling_delve.py ({', '.join(BLOCKS)} have), so it "
+                "cannot be exported in a DELVE; the checkpoint works as it is, `delve convert "
+                "--streams` makes one without the stream, a parent alone goes with --layout dense"
+            )
+
+
 def densify(cfg: DelveConfig, params: dict) -> tuple[DelveConfig, dict]:
     """The same model with every factored map multiplied out (float64), in the factors' dtype."""
 
     def walk(tree):
         if not isinstance(tree, dict):
             return tree
-        if "v" in tree:
+        if "v" in tree and "u" in tree:  # "v" alone: attention's map of values
             v, u = (np.asarray(tree[side]).astype(np.float64) for side in "vu")
             kernel = np.matmul(v, u).astype(tree["v"].dtype)
             return {"kernel": kernel, **{k: a for k, a in tree.items() if k not in "vu"}}
@@ -232,7 +247,7 @@ def export_hf(
     layout "factored" keeps u and v (a DELVE's default), "dense" multiplies them out (a parent's
     default: a stock directory). results: for the model card (`card.write`). Keys of what is
     returned: verified, max_abs_diff, max_abs_logit, files, parameters, layout, path. DelveError: no
-    checkpoint at SRC, DST taken, logits that differ.
+    checkpoint at SRC, DST taken, a stream without a PyTorch block, logits that differ.
     """
     from .. import checkpoint, lineage, models
     from ..compress import storage
@@ -242,6 +257,8 @@ def export_hf(
     layout = layout or ("factored" if cfg.family == "delve" else "dense")
     if layout not in ("factored", "dense"):
         raise DelveError(f"--layout {layout}: must be dense or factored")
+    if cfg.family == "delve" or layout == "factored":
+        check_blocks(cfg.streams if cfg.family == "delve" else [(cfg.family, cfg)])
     made_of = _fingerprint(src, layout, results)
     if (dst / RECORD).is_file() and not overwrite:
         record = read_json(dst / RECORD)

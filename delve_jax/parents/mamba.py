@@ -14,6 +14,7 @@ EMBED = "backbone.embeddings.weight"
 HEAD = "lm_head.weight"
 TIED_BY_DEFAULT = True
 KEEP_WIDE = ("A_log", "D", "dt_proj/bias")  # half precision here moves the decay itself
+PAPER = ("Mamba", "2312.00752")
 
 
 def canonical(name: str) -> str | None:

@@ -16,6 +16,7 @@ EMBED = "gpt_neox.embed_in.weight"
 HEAD = "embed_out.weight"
 TIED_BY_DEFAULT = False
 KEEP_WIDE = ()
+PAPER = ("GPT-NeoX-20B", "2204.06745")
 
 # buffers that old versions saved: causal mask, its fill value, rotary frequencies
 _BUFFERS = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")

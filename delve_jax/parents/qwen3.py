@@ -16,6 +16,7 @@ EMBED = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 TIED_BY_DEFAULT = False
 KEEP_WIDE = ()
+PAPER = ("Qwen3", "2505.09388")
 
 # fields of Llama 3's scaling, in the order of RopeScaling
 _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
