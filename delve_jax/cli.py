@@ -21,6 +21,7 @@ EXAMPLES = {
     "train": "delve train pythia-31m out/run --data out/tokens --tokens 500000000",
     "plan": "delve plan delve-1.4b --mesh data=8 --compute bfloat16",
     "data": "delve data prepare text.jsonl.zst out/tokens --tokenizer out/pythia",
+    "list": "delve data list --json",
     "eval": "delve eval out/healed --text held_back.txt --tasks piqa.jsonl",
     "export": "delve export out/healed out/hf",
     "generate": 'delve generate out/healed --prompt "The residual stream"',
@@ -39,6 +40,13 @@ EXAMPLES = {
 GIVEN = {"optimizer": str, "lr": float, "adam_lr": float, "weight_decay": float, "batch": int,
          "window": int, "schedule": str, "compute": str, "remat": str}  # fmt: skip
 METHOD_HELP = "delve, svd-llm+allocation, svd-llm, asvd or svd"
+SRC = "Hugging Face directory, hub id (id@revision), RWKV .pth or checkpoint"
+DST = "directory to make; DST.partial until it is whole"
+OF_TEXT, EVERY, SEED = (
+    "tokens of --calibrate",
+    "steps between saved states (200)",
+    "of all draws (0)",
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,7 +58,8 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     """All verbs and their flags."""
-    top = Parser(prog="delve", description=__doc__.split("\n")[0])
+    top = Parser(prog="delve", description=__doc__.split("\n")[0],
+                 epilog=f"example: {EXAMPLES['upcycle']}")  # fmt: skip
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
 
     def verb(name, text, writes=False):
@@ -61,13 +70,8 @@ def parser() -> Parser:
         return p
 
     p = verb("upcycle", "the whole road: compress, fuse, heal, evaluate, export", writes=True)
-    p.add_argument(
-        "--parents",
-        nargs="+",
-        default=[],
-        metavar="SRC",
-        help="directories, hub ids (id@revision), .pth; default: the embedded proxies",
-    )
+    p.add_argument("--parents", nargs="+", default=[], metavar="SRC",
+                   help="directories, hub ids (id@revision), .pth; default: embedded")  # fmt: skip
     p.add_argument("--keep", type=float, default=0.5, help="kept share of all parameters (0.5)")
     p.add_argument("--method", default="delve", help=METHOD_HELP)
     p.add_argument("--heal-tokens", type=int, help="training tokens (80000); 0: stop at fusion")
@@ -75,85 +79,64 @@ def parser() -> Parser:
     p.add_argument(
         "--calibrate", nargs="+", default=[], metavar="TEXT", help="text to compress and pool with"
     )
-    p.add_argument(
-        "--report-text",
-        nargs="+",
-        default=[],
-        metavar="TEXT",
-        help="held-back text for the reported numbers",
-    )
-    p.add_argument("--calibrate-tokens", type=int, default=65536)
-    p.add_argument(
-        "--report-bytes", type=int, default=120_000, help="about how much report text is scored"
-    )
-    p.add_argument(
-        "--latents",
-        type=int,
-        default=1,
-        choices=(0, 1),
-        help="1: log-linear pool; 0: mixture, one latent per parent",
-    )
-    p.add_argument("--batch", type=int, default=8)
+    p.add_argument("--report-text", nargs="+", default=[], metavar="TEXT",
+                   help="held-back text for the reported numbers")  # fmt: skip
+    p.add_argument("--calibrate-tokens", type=int, default=65536, help=OF_TEXT)
+    p.add_argument("--report-bytes", type=int, default=120_000,
+                   help="about how much report text is scored")  # fmt: skip
+    p.add_argument("--latents", type=int, default=1, choices=(0, 1),
+                   help="1: log-linear pool; 0: mixture, one latent per parent")  # fmt: skip
+    p.add_argument("--batch", type=int, default=8, help="rows of a step of healing (8)")
     p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of healing")
-    p.add_argument("--save-every", type=int, default=200, metavar="STEPS")
+    p.add_argument("--save-every", type=int, default=200, metavar="STEPS", help=EVERY)
     p.add_argument("--mesh", help='devices, as "data=4,model=2"; default: all on data')
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", default="out/delve", metavar="DIR")
+    p.add_argument("--seed", type=int, default=0, help=SEED)
+    p.add_argument("--out", default="out/delve", metavar="DIR", help="for all results (out/delve)")
 
     p = verb("convert", "any source to a checkpoint directory", writes=True)
-    p.add_argument("src"), p.add_argument("dst")
+    p.add_argument("src", help=SRC), p.add_argument("dst", help=DST)
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
     p.add_argument("--storage", help="form of the factors: uv, pivot or int8; default: as stored")
     p.add_argument("--mesh", help='shard over devices, as "data=8"')
     _part_flags(p)
 
     p = verb("compress", "factorise a parent to a share of all its parameters", writes=True)
-    p.add_argument("src"), p.add_argument("dst")
-    p.add_argument("--keep", type=float, required=True)
+    p.add_argument("src", help=SRC), p.add_argument("dst", help=DST)
+    p.add_argument("--keep", type=float, required=True, help="kept share of all parameters")
     p.add_argument("--method", default="delve", help=METHOD_HELP)
-    p.add_argument("--calibrate", nargs="+", default=[], metavar="TEXT")
-    p.add_argument("--calibrate-tokens", type=int, default=65536)
+    p.add_argument("--calibrate", nargs="+", default=[], metavar="TEXT",
+                   help="text to compress with; svd alone needs none")  # fmt: skip
+    p.add_argument("--calibrate-tokens", type=int, default=65536, help=OF_TEXT)
     p.add_argument("--refine-tokens", type=int, default=0, metavar="N",
                    help="then train it on N distinct tokens of that text")  # fmt: skip
     p.add_argument("--refine-written", type=int, default=4, metavar="X",
                    help="and on X N tokens that the parent writes itself (4)")  # fmt: skip
-    p.add_argument(
-        "--storage", default="uv", help="uv, pivot (fewer numbers) or int8 (fewer bytes)"
-    )
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--storage", default="uv", help="uv, pivot (fewer numbers), int8 (fewer bytes)")
+    p.add_argument("--seed", type=int, default=0, help=SEED)
 
     p = verb("fuse", "pool compressed or dense parents into one DELVE", writes=True)
-    p.add_argument("sources", nargs="+", metavar="SRC"), p.add_argument("dst")
-    p.add_argument(
-        "--calibrate",
-        nargs="+",
-        default=[],
-        metavar="TEXT",
-        help="fit the pool weights on it; equal weights without",
-    )
-    p.add_argument("--calibrate-tokens", type=int, default=32768)
-    p.add_argument(
-        "--latents",
-        type=int,
-        default=1,
-        metavar="J",
-        help="1: log-linear pool; 0: mixture, one latent per parent; between: a mixture of J pools",
-    )
+    p.add_argument("sources", nargs="+", metavar="SRC", help=SRC), p.add_argument("dst", help=DST)
+    p.add_argument("--calibrate", nargs="+", default=[], metavar="TEXT",
+                   help="fit the pool weights on it; equal weights without")  # fmt: skip
+    p.add_argument("--calibrate-tokens", type=int, default=32768, help=OF_TEXT)
+    p.add_argument("--latents", type=int, default=1, metavar="J", help="1: log-linear pool; 0: "
+                   "mixture, one latent per parent; between: a mixture of J pools")  # fmt: skip
     p.add_argument("--connectors", default="hub", metavar="KIND",
                    help="what a stream hears of the others: hub, cross, self or none")  # fmt: skip
-    p.add_argument("--hub-rank", type=int)
+    p.add_argument("--hub-rank", type=int, help="of the hub's maps; default: width / 16")
     p.add_argument("--ffn-skip", type=float, default=0.0, metavar="WEIGHT",
                    help="routers: a token skips FFNs that they give less (say 0.5)")  # fmt: skip
     p.add_argument("--warm-hub", action="store_true",
                    help="its maps start as the best guess of what was lost")  # fmt: skip
     p.add_argument("--codes", type=int, metavar="R",
                    help="rank of tables that streams share (default: each its own)")  # fmt: skip
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help=SEED)
 
     p = verb("heal", "train towards the dense parents' pool", writes=True)
-    p.add_argument("src"), p.add_argument("dst")
+    p.add_argument("src", help=SRC), p.add_argument("dst", help=DST)
     p.add_argument("--teachers", nargs="+", metavar="SRC", help="default: those in the config")
-    p.add_argument("--objective", default="ce+kl", choices=("ce", "ce+kl"))
+    p.add_argument("--objective", default="ce+kl", choices=("ce", "ce+kl"),
+                   help="ce: of the text alone, without teachers")  # fmt: skip
     p.add_argument("--kl-weight", default="0.5", metavar="W[:W2]",
                    help="KL to the parents' pool; the rest is cross-entropy; W:W2 from first to "
                    "last step")  # fmt: skip
@@ -177,12 +160,13 @@ def parser() -> Parser:
     _run_flags(p)
 
     p = verb("train", "train a preset of any family from random weights", writes=True)
-    p.add_argument("preset", help="a name of `delve plan --list`"), p.add_argument("dst")
+    p.add_argument("preset", help="a name of `delve plan --list`")
+    p.add_argument("dst", help=DST)
     p.add_argument("--tokenizer", metavar="SRC", help="tokenizer.json or a source that has one")
     _run_flags(p)
 
     p = verb("plan", "what a run will need, before anything is allocated")
-    p.add_argument("target", nargs="?", metavar="PRESET|SRC")
+    p.add_argument("target", nargs="?", metavar="PRESET|SRC", help="what is to be trained")
     p.add_argument("--list", action="store_true", help="the presets and their parameters")
     p.add_argument("--keep", type=float, help="kept share of a DELVE preset (0.5)")
     p.add_argument("--mfu", type=float, default=0.4, help="assumed share of the peak rate (0.4)")
@@ -192,7 +176,8 @@ def parser() -> Parser:
     p.add_argument("--no-compile", action="store_true", help="leave the activations out")
     _run_flags(p, plan=True)
 
-    data = verbs.add_parser("data", help="text to token files; the named datasets", prog=None)
+    data = verbs.add_parser("data", help="text to token files; the named datasets",
+                            epilog=f"example: {EXAMPLES['data']}")  # fmt: skip
     actions = data.add_subparsers(dest="action", required=True, parser_class=Parser)
     p = actions.add_parser("prepare", help="tokenise text into memory-mapped files",
                            epilog=f"example: {EXAMPLES['data']}")  # fmt: skip
@@ -200,7 +185,7 @@ def parser() -> Parser:
     p.add_argument("--overwrite", action="store_true", help="replace DST and work for it")
     p.add_argument("sources", nargs="+", metavar="NAME|FILE",
                    help="text files, names of `delve data list`, or NAME=DIR: a copy")  # fmt: skip
-    p.add_argument("dst")
+    p.add_argument("dst", help="folder of token files to make")
     p.add_argument("--tokenizer", required=True, metavar="SRC",
                    help="tokenizer.json or a source that has one")  # fmt: skip
     p.add_argument("--text-field", help="of jsonl and parquet; default: the dataset's, else text")
@@ -208,15 +193,16 @@ def parser() -> Parser:
                    help="keep only these documents (by their hash)")  # fmt: skip
     p.add_argument("--workers", type=int, help="processes; default: chosen by the cores")
     p.add_argument("--limit-bytes", type=int, help="stop after about so much text")
-    p = actions.add_parser("list", help="the named datasets and mixtures")
+    p = actions.add_parser("list", help="the named datasets and mixtures",
+                           epilog=f"example: {EXAMPLES['list']}")  # fmt: skip
     p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
     _delphi_flags(verbs)
 
     p = verb("eval", "nll, bits per byte and task metrics")
-    p.add_argument("src")
-    p.add_argument("--text", nargs="+", default=[], metavar="FILE")
-    p.add_argument("--tasks", nargs="+", default=[], metavar="FILE.jsonl")
+    p.add_argument("src", help=SRC)
+    p.add_argument("--text", nargs="+", default=[], metavar="FILE", help="text files to score")
+    p.add_argument("--tasks", nargs="+", default=[], metavar="FILE.jsonl", help="tasks to score")
     p.add_argument("--limit", type=int, metavar="N", help="only the first N examples of each task")
     p.add_argument("--shots", type=int, default=0, metavar="N",
                    help="answered examples before each, the file's first, or ...")  # fmt: skip
@@ -225,38 +211,33 @@ def parser() -> Parser:
                    help="of lettered options: score the letter, or letter and text")  # fmt: skip
     p.add_argument("--run-code", action="store_true",
                    help="HumanEval: run the written code in a limited process")  # fmt: skip
-    p.add_argument("--backend", default="jax", choices=("jax", "hf"))
-    p.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="hf backend: run code that comes with the model",
-    )
+    p.add_argument("--backend", default="jax", choices=("jax", "hf"),
+                   help="hf: any causal LM through transformers and torch")  # fmt: skip
+    p.add_argument("--trust-remote-code", action="store_true",
+                   help="hf backend: run code that comes with the model")  # fmt: skip
     _part_flags(p)
 
     p = verb("export", "checkpoint to a Hugging Face directory", writes=True)
-    p.add_argument("src"), p.add_argument("dst")
-    p.add_argument(
-        "--layout",
-        choices=("dense", "factored"),
-        help="default: factored for a DELVE, dense (stock classes) for a parent",
-    )
+    p.add_argument("src", help=SRC), p.add_argument("dst", help=DST)
+    p.add_argument("--layout", choices=("dense", "factored"),
+                   help="default: factored for a DELVE, dense (stock) for a parent")  # fmt: skip
     p.add_argument("--results", nargs="+", default=[], metavar="FILE.json",
                    help="for the model card: what `delve eval --json` printed")  # fmt: skip
 
     p = verb("generate", "continue a text")
-    p.add_argument("src")
-    p.add_argument("--prompt", required=True)
-    p.add_argument("--max-new-tokens", type=int, default=64)
+    p.add_argument("src", help=SRC)
+    p.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
+    p.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most (64)")
     p.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     p.add_argument("--top-k", type=int, default=0, metavar="K", help="among the K likeliest ids")
     p.add_argument("--top-p", type=float, default=1.0, metavar="P",
                    help="among the fewest ids that hold the share P")  # fmt: skip
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help=SEED)
     _part_flags(p)
 
     p = verb("inspect", "a DELVE on a text: streams, gate, hub, where it gains; JSON and a picture")
-    p.add_argument("src")
-    p.add_argument("--text", nargs="+", default=[], metavar="FILE")
+    p.add_argument("src", help="a DELVE: " + SRC)
+    p.add_argument("--text", nargs="+", default=[], metavar="FILE", help="text files to read")
     p.add_argument("--out", metavar="DIR", help="for inspect.json and inspect.png")
     p.add_argument("--parents", nargs="+", metavar="SRC",
                    help="dense models to beat; default: those in the config")  # fmt: skip
@@ -264,7 +245,7 @@ def parser() -> Parser:
     p.add_argument("--limit", type=int, metavar="N", help="the first N tokens only")
 
     p = verb("info", "what a source is: family, parameters, ranks, pool weights")
-    p.add_argument("src")
+    p.add_argument("src", help=SRC)
     return top  # fmt: skip
 
 
@@ -276,43 +257,57 @@ def _part_flags(p: argparse.ArgumentParser) -> None:
                    help="of a DELVE, only these streams")  # fmt: skip
 
 
+def _track_flag(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--track", nargs="+", default=[], choices=("tensorboard", "wandb"),
+                   help="show the metrics there too; wandb obeys WANDB_MODE")  # fmt: skip
+
+
 def _run_flags(p: argparse.ArgumentParser, plan: bool = False) -> None:
     """The flags of `Settings`, for heal, train and (in part required) plan."""
     if not plan:
         p.add_argument("--data", nargs="+", required=True, metavar="TEXT[=WEIGHT]",
                        help="text files or token folders")  # fmt: skip
-        p.add_argument("--save-every", type=int, default=200, metavar="STEPS")
+        p.add_argument("--save-every", type=int, default=200, metavar="STEPS", help=EVERY)
         p.add_argument("--save-minutes", type=float, default=10.0, help="or after so long (10)")
         p.add_argument("--keep-every", type=int, metavar="STEPS",
                        help="states that stay for good; else the last two")  # fmt: skip
         p.add_argument("--distributed", metavar="HOST:PORT,N,I",
                        help="process I of N; default: found (TPU VM, Slurm, MPI)")  # fmt: skip
-    p.add_argument("--tokens", type=int, required=not plan)
+        _track_flag(p)
+    p.add_argument("--tokens", type=int, required=not plan, metavar="N", help="to train on")
     p.add_argument("--batch", type=int, default=8, help="rows of a step, over all devices")
     p.add_argument("--accumulate", type=int, default=1, help="microbatches of a step")
     p.add_argument("--window", type=int, help="tokens per row; default: context, at most 512")
-    p.add_argument("--optimizer", default="adamw", choices=("adamw", "adamh"))
+    p.add_argument("--optimizer", default="adamw", choices=("adamw", "adamh"),
+                   help="adamh: Delphi's, matrices turn and keep their norm")  # fmt: skip
     p.add_argument("--lr", type=float, help="peak; default 1e-3 (adamw), 1e-2 (adamh)")
     p.add_argument("--adam-lr", type=float, help="adamh: of all but matrices; default lr / 10")
     p.add_argument("--weight-decay", type=float, default=0.01, help="adamw")
-    p.add_argument("--schedule", default="wsd", choices=("wsd", "cosine", "linear"))
+    p.add_argument("--schedule", default="wsd", choices=("wsd", "cosine", "linear"),
+                   help="of the rate; wsd: warmup, stable, decay")  # fmt: skip
     p.add_argument("--warmup", type=float, default=0.1, help="share of the steps")
     p.add_argument("--decay", type=float, default=0.2, help="share of the steps (wsd)")
-    p.add_argument("--b2", type=float), p.add_argument("--eps", type=float)
-    p.add_argument("--clip", type=float), p.add_argument("--z-loss", type=float, default=0.0)
-    p.add_argument("--compute", default="float32", choices=("float32", "bfloat16", "float64"))
-    p.add_argument("--remat", default="auto", choices=("auto", "none", "layer", "dots"))
+    for flag, what in (("--b2", "decay of the second moment"), ("--eps", "added to its root"),
+                       ("--clip", "largest norm of the gradient")):  # fmt: skip
+        p.add_argument(flag, type=float, metavar="X", help=f"{what}; default: the optimizer's")
+    p.add_argument("--z-loss", type=float, default=0.0, metavar="W",
+                   help="weight of the squared log-normaliser")  # fmt: skip
+    p.add_argument("--compute", default="float32", choices=("float32", "bfloat16", "float64"),
+                   help="dtype of activations and products; weights: float32")  # fmt: skip
+    p.add_argument("--remat", default="auto", choices=("auto", "none", "layer", "dots"),
+                   help="what the backward pass computes again")  # fmt: skip
     p.add_argument("--mesh", help='as "replica=2,data=4,model=2"; default: all devices on data')
     p.add_argument("--shard-sequence", action="store_true",
                    help="split T between layers over model=")  # fmt: skip
     p.add_argument("--across-documents", action="store_true",
                    help="let documents in a row see each other")  # fmt: skip
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help=SEED)
 
 
 def _delphi_flags(verbs) -> None:
     """`delve delphi ACTION`."""
-    delphi = verbs.add_parser("delphi", help="size a run, and forecast its loss and scores")
+    delphi = verbs.add_parser("delphi", help="size a run, and forecast its loss and scores",
+                              epilog=f"example: {EXAMPLES['forecast']}")  # fmt: skip
     actions = delphi.add_subparsers(dest="action", required=True, metavar="ACTION",
                                     parser_class=Parser)  # fmt: skip
 
@@ -338,7 +333,7 @@ def _delphi_flags(verbs) -> None:
     p.add_argument("points", help=points)
     p.add_argument("--recipe", metavar="FILE", help=other)
     p = action("sweep", "train and score a ladder of runs; writes DST/points.csv", None)
-    p.add_argument("dst")
+    p.add_argument("dst", help="folder of the ladder; other budgets and seeds may be added")
     p.add_argument("--flops", type=float, nargs="+", default=[], metavar="C",
                    help="budgets: the recipe's candidates at each")  # fmt: skip
     p.add_argument("--hidden", type=int, nargs="+", default=[], metavar="H", help="only these")
@@ -352,7 +347,8 @@ def _delphi_flags(verbs) -> None:
                    help="text files or token folders")  # fmt: skip
     p.add_argument("--report-text", nargs="+", required=True, metavar="TEXT",
                    help="held-back text: the loss of a point")  # fmt: skip
-    p.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
+    _track_flag(p)
+    p.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="a run for each")
     p.add_argument("--mesh", help='as "replica=2,data=4,model=2"; default: all devices on data')
     for flag, kind in GIVEN.items():
         p.add_argument("--" + flag.replace("_", "-"), type=kind, help="instead of the recipe's")
@@ -372,7 +368,7 @@ def _settings(kw: dict):
     saving = Saving()
     if "save_every" in kw:
         saving = Saving(every=kw.pop("save_every"), minutes=kw.pop("save_minutes"),
-                        keep_every=kw.pop("keep_every"))  # fmt: skip
+                        keep_every=kw.pop("keep_every"), track=tuple(kw.pop("track")))  # fmt: skip
     names = {f.name for f in fields(Settings)} & set(kw)
     return Settings(**{n: kw.pop(n) for n in names}, saving=saving)
 
@@ -494,6 +490,10 @@ def _compile_cache() -> None:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(base / "delve_jax" / "jax")
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+        if jax := sys.modules.get("jax"):  # a caller has read the environment (docs/new_family.md)
+            jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+            least = float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,13 @@ STORAGES = ("uv", "pivot", "int8")  # forms of a factored map, see `models.linea
 
 
 class DelveError(Exception):
-    """Bad input: one line that names the file, tensor, field or flag and the way out (exit 2)."""
+    """Bad input: one line that names the file, tensor, field or flag and the way out (exit 2).
+
+    >>> import delve_jax
+    >>> delve_jax.load("/nowhere")
+    Traceback (most recent call last):
+    delve_jax.config.DelveError: /nowhere: ...
+    """
 
 
 class Factored(NamedTuple):

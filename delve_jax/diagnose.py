@@ -198,7 +198,8 @@ def stream_weights(cfg: DelveConfig, pool: dict, delta) -> jax.Array:
     """w [.., K], sum 1: the part that each stream has in the pool where the gate says delta.
 
     J = K: the mixture's weights. Else |a| over its sum (training may turn an a negative), for
-    1 < J < K the a of the latents averaged by pi first.
+    1 < J < K the a of the latents averaged by pi first. Equal where every a is 0 (a fit to parents
+    that know nothing ends there: any weight would only hurt).
     """
     a_JK, log_pi_J = delve.pool_weights(cfg, pool, delta)
     if a_JK is None:
@@ -207,7 +208,8 @@ def stream_weights(cfg: DelveConfig, pool: dict, delta) -> jax.Array:
         w = jnp.abs(a_JK[..., 0, :])
     else:
         w = jnp.einsum("...j,...jk->...k", jnp.exp(log_pi_J), jnp.abs(a_JK))
-    return w / w.sum(-1, keepdims=True)
+    total = w.sum(-1, keepdims=True)
+    return jnp.where(total > 0, w / jnp.where(total > 0, total, 1), 1 / w.shape[-1])
 
 
 def hub_ratios(cfg: DelveConfig, hubs: dict, h: dict) -> jax.Array:

@@ -1,7 +1,6 @@
 """`load(src)` -> LM: config, parameters, tokenizer, and the four things one does with them.
 
->>> lm = load("org/name@revision")        # or a directory, a checkpoint, an RWKV .pth
->>> lm.logits(tokens_BT)                  # float32 [B, T, V]
+Sources: a hub id (`org/name@revision`), a directory, a checkpoint, an RWKV .pth.
 """
 
 from __future__ import annotations
@@ -27,7 +26,18 @@ PAD_TO = 32  # prompts are left-padded to multiples of this, so few lengths are 
 
 
 class LM:
-    """A loaded model. `params` is a nested dict of jax.Array, `tokenizer` may be None."""
+    """A loaded model. `params` is a nested dict of jax.Array, `tokenizer` may be None.
+
+    A text in pieces of any length, the state carried along:
+
+    >>> import delve_jax, numpy as np
+    >>> lm = delve_jax.load(delve_jax.upcycle.embedded_parents()[-1])
+    >>> first, state = lm.step([[5, 6, 7]], lm.init_state(batch=1))
+    >>> second, state = lm.step([[8]], state)
+    >>> whole = lm.logits([[5, 6, 7, 8]])
+    >>> bool(np.allclose(second[:, 0], whole[:, 3], atol=1e-3))
+    True
+    """
 
     def __init__(self, config: Config, params: dict, tokenizer=None):
         self.config, self.params, self.tokenizer = config, params, tokenizer
@@ -209,6 +219,13 @@ def load(
     most this share of the dense parents' parameters, by fewer ranks of every factored map; streams:
     only these of a DELVE (("mamba", "rwkv") needs memory that does not grow with the text).
     DelveError where the source is damaged, of an unknown architecture, or cannot be cut so.
+
+    >>> import delve_jax
+    >>> lm = delve_jax.load(delve_jax.upcycle.embedded_parents()[-1])  # or any source
+    >>> lm.config.family, lm.logits([[5, 6, 7]]).shape
+    ('rwkv', (1, 3, 3840))
+    >>> lm.generate([[5, 6, 7], [8, 9, 10]], max_new_tokens=4).shape
+    (2, 7)
     """
     from . import data, parents
 

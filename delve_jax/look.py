@@ -41,7 +41,15 @@ def evaluate(
     """nll and bits per byte on text files, metrics of jsonl tasks; backend "jax" or "hf".
 
     keep, streams: a part of the model (`lm.load`; jax alone). how: limit, shots, shots_from, mmlu,
-    run_code of `tasks.evaluate_task`.
+    run_code of `tasks.evaluate_task`. -> nll_per_token (nats), bits_per_byte, tokens, bytes,
+    parameters, parameter_bytes; tasks by file name. DelveError: nothing to score, an unreadable
+    file, a model without tokenizer.
+
+    >>> import delve_jax, pathlib
+    >>> _ = pathlib.Path("text.txt").write_text("def double(x):\\n    return 2 * x\\n" * 9)
+    >>> r = delve_jax.evaluate(delve_jax.upcycle.embedded_parents()[-1], text=["text.txt"])
+    >>> r["bytes"], 0 < r["bits_per_byte"] < 8
+    (288, True)
     """
     if backend not in ("jax", "hf"):
         raise DelveError(f"--backend {backend}: choose jax or hf")
@@ -76,7 +84,13 @@ def generate(
     """Continue a text -> {"prompt", "text", "tokens"}; greedy at temperature 0.
 
     It ends before `<|endoftext|>`, or after `max_new_tokens`. keep, streams: with a part of the
-    model (`lm.load`).
+    model (`lm.load`). src may be a loaded LM. DelveError: it has no tokenizer, an empty prompt.
+
+    >>> import delve_jax
+    >>> source = delve_jax.upcycle.embedded_parents()[-1]
+    >>> said = delve_jax.generate(source, "def ", max_new_tokens=4)
+    >>> sorted(said), len(said["tokens"]) <= 4
+    (['prompt', 'text', 'tokens'], True)
     """
     model = src if isinstance(src, lm.LM) else lm.load(src, keep=keep, streams=streams)
     if model.tokenizer is None:
@@ -97,7 +111,15 @@ def generate(
 
 
 def info(src) -> dict:
-    """Family, parameters, bytes, ranks, pool weights and tokenizer hash of any source."""
+    """Family, parameters, bytes, ranks, pool weights and tokenizer hash of any source.
+
+    Of a checkpoint no weights are read but the pool's. DelveError: no source, or a damaged one.
+
+    >>> import delve_jax
+    >>> facts = delve_jax.info(delve_jax.upcycle.embedded_parents()[-1])
+    >>> facts["family"], facts["parameters"], facts["layers"]
+    ('rwkv', 1528448, 3)
+    """
     kind, path = parents.detect(src), parents.resolve(src)
     if kind == "checkpoint":
         cfg = checkpoint.load_config(path)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
+import os
 import platform
 import sys
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -49,13 +52,14 @@ class MetricsLog:
     """Appends one JSON line per logged step to `path`; `log(step, **values)`, then `close()`.
 
     `resume` keeps an older file (False starts it anew), and `rewind(step)` cuts it back to the step
-    that a checkpoint stands at, so that no step is in it twice. `sinks`: "tensorboard", "wandb".
+    that a checkpoint stands at, so that no step is in it twice. `sinks`: names of SINKS that get
+    the numbers too. DelveError: one that is unknown, is not installed or refuses to start.
     """
 
     def __init__(self, path: str | Path, resume: bool = True, sinks: Sequence[str] = ()):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._sinks = [_sink(name, self.path.parent) for name in sinks]
+        self._names, self._sinks = check_sinks(sinks), []
         if not resume:
             self.path.unlink(missing_ok=True)
         _keep_lines(self.path, None)
@@ -66,14 +70,19 @@ class MetricsLog:
         self._file.close()
         _keep_lines(self.path, step or -1)
         self._file = self.path.open("ab", buffering=0)
+        self._start_sinks(step)
+
+    def _start_sinks(self, step: int) -> None:
+        self._sinks = self._sinks or [_SINKS[n][1](self.path.parent, step) for n in self._names]
 
     def log(self, step: int, **values) -> None:
         """One line; numbers may be JAX or numpy scalars. Unbuffered: a kill loses nothing."""
         line = {"step": int(step)} | {k: _plain(v) for k, v in values.items()}
         self._waiting += (json.dumps(line) + "\n").encode()
         self._write()
-        numbers = {k: v for k, v in line.items() if isinstance(v, (int, float))}
-        for write in self._sinks:
+        self._start_sinks(int(step) - 1)
+        numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}
+        for write, _ in self._sinks:
             write(int(step), numbers)
 
     def _write(self) -> None:
@@ -85,6 +94,8 @@ class MetricsLog:
     def close(self) -> None:
         self._write()
         self._file.close()
+        for _, end in self._sinks:
+            end()
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -119,22 +130,51 @@ def _plain(value):
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
 
 
-def _sink(name: str, folder: Path):
-    """A function (step, numbers) of an optional logger; DelveError where it is not installed."""
+def _tensorboard(folder: Path, step: int) -> tuple[Callable, Callable]:
+    """Event files in FOLDER/tensorboard; what an earlier call wrote of later steps is hidden."""
+    from tensorboardX import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(step, numbers):
+        for key, value in numbers.items():
+            writer.add_scalar(key, value, step)
+
+    return write, writer.close
+
+
+def _wandb(folder: Path, step: int) -> tuple[Callable, Callable]:
+    """A run of the project delve-jax (or WANDB_PROJECT), the same one when the run is resumed.
+
+    wandb's variables rule the rest: WANDB_MODE=offline leaves all in FOLDER/wandb for `wandb sync`.
+    """
+    known = folder / "wandb" / "run-id"
+    known.parent.mkdir(exist_ok=True)
+    if not known.exists():
+        known.write_text(uuid.uuid4().hex[:8])
+    name, project = folder.name.removesuffix(".partial"), os.environ.get("WANDB_PROJECT")
     try:
-        if name == "tensorboard":
-            from tensorboardX import SummaryWriter
+        import wandb
 
-            writer = SummaryWriter(str(folder / "tensorboard"))
-            return lambda step, numbers: [
-                writer.add_scalar(key, value, step) for key, value in numbers.items()
-            ]
-        if name == "wandb":
-            import wandb
+        run = wandb.init(dir=str(folder), project=project or "delve-jax", id=known.read_text(),
+                         name=name, resume="allow")  # fmt: skip
+    except Exception as err:  # broken install, no key, no network
+        why = " ".join(str(err).split())[:160]
+        raise DelveError(f"--track wandb: {why}; WANDB_MODE=offline needs no network") from None
+    return lambda step, numbers: run.log(numbers, step=step), run.finish
 
-            run = wandb.init(dir=str(folder), project="delve-jax", resume="allow")
-            return lambda step, numbers: run.log(numbers, step=step)
-    except ImportError as err:
-        package = "tensorboardX" if name == "tensorboard" else name
-        raise DelveError(f"sink '{name}': {err}; pip install {package}") from None
-    raise DelveError(f"sink '{name}' is unknown; choose tensorboard or wandb")
+
+# name -> (package, what makes (write(step, numbers), end()) for a folder and the step it is at)
+_SINKS = {"tensorboard": ("tensorboardX", _tensorboard), "wandb": ("wandb", _wandb)}
+SINKS = tuple(_SINKS)
+
+
+def check_sinks(names: Sequence[str]) -> tuple[str, ...]:
+    """The names; DelveError: one is unknown or not installed. Nothing is imported."""
+    for name in names:
+        if name not in _SINKS:
+            raise DelveError(f"--track {name}: unknown; choose {' or '.join(_SINKS)}")
+        package = _SINKS[name][0]
+        if importlib.util.find_spec(package) is None:
+            raise DelveError(f"--track {name}: is not installed; pip install {package}")
+    return tuple(dict.fromkeys(names))

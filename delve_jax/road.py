@@ -22,7 +22,7 @@ from .compress.refine import WRITTEN, refine
 from .compress.storage import convert as convert_storage
 from .config import STORAGES, Config, DelveError, read_json
 from .look import info, texts_of
-from .metrics import versions
+from .metrics import SINKS, versions
 from .report import ranks_picture
 
 CALIBRATION_WINDOW = 512  # longest calibration window; shorter where the context is
@@ -60,7 +60,7 @@ def _begin(dst: Path, command: dict, overwrite: bool) -> bool:
 
 def _has_work(partial: Path) -> bool:
     """Whether more stands there than what a command that failed at once leaves."""
-    notes = {"run.json", "config.json", "tokenizer.json", "metrics.jsonl"}
+    notes = {"run.json", "config.json", "tokenizer.json", "metrics.jsonl", *SINKS}
     return any(p.name not in notes for p in partial.iterdir())
 
 
@@ -111,7 +111,13 @@ def convert(
     """Any source -> checkpoint directory (sharded Orbax, in the source's dtype unless given).
 
     storage: uv, pivot or int8, another form of the factors (default: as they are). keep, streams:
-    a part of the model (`parents.part`).
+    a part of the model (`parents.part`). -> `info` of it and its path. DelveError: an unreadable
+    source, DST taken by other arguments.
+
+    >>> import delve_jax
+    >>> out = delve_jax.convert(delve_jax.upcycle.embedded_parents()[-1], "rwkv", dtype="float32")
+    >>> out["path"], out["dtype"], delve_jax.load("rwkv").config.n_layers
+    ('rwkv', 'float32', 3)
     """
     command = {"verb": "convert", "src": src, "dtype": dtype, "storage": storage, "keep": keep,
                "streams": list(streams), "mesh": mesh}  # fmt: skip
@@ -156,6 +162,12 @@ def compress(
     Leaves DST/compress.json (ranks, errors, divergence), DST/compress.png and DST/spectra.npz
     (sigma^2 of every map). A killed call goes on where it was, layer by layer. DelveError: a ratio
     that cannot be met (says which can).
+
+    >>> import delve_jax
+    >>> parent = delve_jax.upcycle.embedded_parents()[2]
+    >>> small = delve_jax.compress(parent, "small", keep=0.6, method="svd")
+    >>> small["parameters"] <= 0.6 * delve_jax.info(parent)["parameters"]
+    True
     """
     command = {"verb": "compress", "src": src, "keep": keep, "budget": budget, "method": method,
                "calibrate": list(map(str, calibrate)), "calibrate_tokens": calibrate_tokens,
@@ -269,7 +281,13 @@ def fuse(
     the streams lost (`fuse.warm_hub`; reads the teachers). ffn_skip: routers of this threshold, for
     `heal --ffn-share` (`models.delve.router`). codes: rank of vocabulary tables that all streams
     share (None: each keeps its own). Pool weights are fitted on the text, equal without it.
-    `teachers` defaults to the dense sources that the compressed parents recorded.
+    `teachers` defaults to the dense sources that the compressed parents recorded. DelveError:
+    tokenizers differ, a source is a DELVE itself.
+
+    >>> import delve_jax
+    >>> incite, _, neox, _ = delve_jax.upcycle.embedded_parents()
+    >>> delve_jax.fuse([incite, neox], "fused")["pool"]  # fitted with calibrate=[...]
+    {'incite': 0.5, 'neox': 0.5}
     """
     sources = [str(s) for s in sources]
     command = {"verb": "fuse", "sources": sources, "calibrate": list(map(str, calibrate)),
@@ -336,7 +354,9 @@ def export(
     """Checkpoint -> Hugging Face directory, reloaded and compared where torch is installed.
 
     results: what `delve eval --json` printed or the report of `delve upcycle`, as files or objects,
-    for the model card. What else the card says comes from SRC.
+    for the model card. What else the card says comes from SRC. layout: dense or factored (default:
+    factored for a DELVE, stock classes for a parent). -> path, verified (False where torch is
+    missing), max_abs_diff and max_abs_logit. DelveError: SRC is no checkpoint, the export differs.
     """
     from .parents.export import export_hf
 

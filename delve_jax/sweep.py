@@ -23,6 +23,7 @@ from .delphi import recipe as recipes
 from .delphi.recipe import Candidate, Recipe
 from .parents.stock import dense_parents
 from .plan import train_flops
+from .train.loop import Saving
 from .train.run import Settings
 
 # of points.csv, in this order; flops is the budget where there is one, loss nats a token
@@ -55,13 +56,15 @@ def sweep(
     seeds: Sequence[int] = (0,),
     given: dict | None = None,
     mesh: str | None = None,
+    track: Sequence[str] = (),
 ) -> dict:
     """Train and score what DST lacks -> {"path", "points", "rows"}.
 
     flops, widths, recipe (a JSON file of constants that differ): the ladder of candidates, all
     widths unless some are named. heal, tokens: instead the ladder of healing. given: fields of
-    `Settings` in the place of the recipe's (or of the defaults). DelveError: neither or both
-    ladders, no report text, DST of other data, an unfinished run of other settings.
+    `Settings` in the place of the recipe's (or of the defaults). track: sinks of every run's log
+    (`metrics.SINKS`). DelveError: neither or both ladders, no report text, DST of other data, an
+    unfinished run of other settings.
     """
     if bool(flops) == bool(heal) or bool(heal) != bool(tokens):
         raise DelveError("name the ladder: --flops C..., or --heal SRC... with --tokens N...")
@@ -70,10 +73,11 @@ def sweep(
     dst, given = Path(dst), given or {}
     scored = data.data_hash(documents := _documents(report_text))
     rules = recipes.read(recipe) if flops else None
+    how = given | {"saving": Saving(track=tuple(track))}
     if rules:
-        jobs = _candidates(rules, flops, widths, seeds, given, text, tokenizer, mesh)
+        jobs = _candidates(rules, flops, widths, seeds, how, text, tokenizer, mesh)
     else:
-        jobs = _healings(heal, tokens, seeds, given, text, mesh)
+        jobs = _healings(heal, tokens, seeds, how, text, mesh)
     _claim(dst, {"text": list(map(str, text)), "report_text": scored, "given": given,
                  "recipe": rules and dataclasses.asdict(rules)})  # fmt: skip
     left = [job for job in jobs if not (dst / "runs" / job.name / SCORE).exists()]

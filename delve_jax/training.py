@@ -14,6 +14,7 @@ from pathlib import Path
 from . import checkpoint, data, lineage, parallel, parents
 from .config import Config, DelveError, read_json, to_json
 from .look import info
+from .metrics import SINKS
 from .road import already, begin, partial_of, teacher_of
 from .train import run
 from .train.objective import Terms
@@ -41,8 +42,9 @@ def heal(
     default the sources recorded in the config, in the order of the streams; one that is missing is
     a DelveError (terms of cross-entropy alone need none). stages: "hybrid" or a JSON file
     (`run.read_stages`), in the place of `terms`. teacher_cache: folder of samples of what the
-    teachers' pool says, made before training (`train.cache`). Leaves metrics.jsonl; a repeated
-    call resumes.
+    teachers' pool says, made before training (`train.cache`). Leaves a checkpoint directory with
+    metrics.jsonl; a repeated call resumes. -> `info` of it, its path and the report. DelveError:
+    also settings that do not fit the mesh, unreadable text, steps that keep being not finite.
     """
     if stages and teacher_cache:
         raise DelveError("--teacher-cache: for one objective, not for --stages")
@@ -132,6 +134,10 @@ def _join_metrics(partial: Path, stages: dict) -> None:
             lines.append(json.dumps(row | {"stage": name}))
         steps, tokens = steps + facts["steps"], tokens + facts["tokens"]
     (partial / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    for sink in SINKS:  # a folder of each stage, which goes with the stages unless it moves
+        for folder in sorted((partial / "stages").glob(f"*/{sink}")):
+            (partial / sink).mkdir(exist_ok=True)
+            folder.rename(partial / sink / folder.parent.name)
 
 
 def train(
@@ -148,8 +154,9 @@ def train(
     """Train a preset of any family, or a configuration, from random weights.
 
     text: files or token folders, each optionally PATH=WEIGHT. tokenizer: a tokenizer.json or any
-    source that has one; default that of the first token folder. DelveError: it has more ids than
-    the preset.
+    source that has one; default that of the first token folder. Leaves a checkpoint directory with
+    metrics.jsonl; a repeated call resumes. -> `info` of it, its path and the report. DelveError:
+    an unknown preset, more ids than it has, settings that do not fit the mesh, unreadable text.
     """
     from . import presets
 

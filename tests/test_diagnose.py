@@ -244,6 +244,8 @@ def test_weights_between_one_and_all_latents():
         a = np.abs(a_JK) * np.exp(2 * np.tanh(delta_BG[b, :3] / 2))
         want = sum(pi[j] * a[j] for j in range(2))
         np.testing.assert_allclose(got[b], want / want.sum(), rtol=1e-5)
+    none = {"a": jnp.zeros((2, 3)), "log_pi": jnp.float32(log_pi_J)}
+    np.testing.assert_allclose(diagnose.stream_weights(cfg, none, jnp.zeros(5)), [1 / 3] * 3)
 
 
 def test_effective_number():

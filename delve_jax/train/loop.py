@@ -34,12 +34,16 @@ MAX_IN_A_ROW, MAX_SKIPPED = 5, 50  # steps without effect before a run gives up
 
 @dataclass(frozen=True)
 class Saving:
-    """When states are written and which stay: Delphi's rule is 10 minutes, one kept every 5,000."""
+    """When states are written and which stay: Delphi's rule is 10 minutes, one kept every 5,000.
+
+    Nothing here changes the result of a run, so a repeated command may differ in it.
+    """
 
     every: int = 200  # steps between states
     minutes: float = 10.0  # a state is written after so long, however slow the steps are
     keep: int = 2  # newest states that stay
     keep_every: int | None = None  # multiples of so many steps stay for good
+    track: tuple[str, ...] = ()  # where the log goes beside metrics.jsonl: `metrics.SINKS`
 
 
 def init_state(params, optimizer) -> dict:
@@ -162,7 +166,7 @@ def fit(
     frozen = jax.device_put(frozen, parallel.shardings(mesh, frozen))
     step_fn = make_step(loss_fn, optimizer, mesh, state, frozen, accumulate)
     main = parallel.is_main()
-    log = MetricsLog(workdir / "metrics.jsonl") if main else None
+    log = MetricsLog(workdir / "metrics.jsonl", sinks=saving.track) if main else None
     bar = progress(steps, desc, unit="step", hide=not main)
     with contextlib.ExitStack() as stack:
         terminated = stack.enter_context(_Terminated())
@@ -195,6 +199,8 @@ def fit(
                 _save(states, n, state, last=stop)
                 saved_at = time.monotonic()
             if stop:
+                if pending:  # else its line is missing: a resumed run begins behind it
+                    _report(log, bar, clock, per_step, *pending)
                 say(f"{desc}: SIGTERM; step {n} is saved, the same command goes on from there")
                 raise SystemExit(0)
             clock.resume()

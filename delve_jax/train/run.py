@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from .. import fuse, models, parallel
+from .. import fuse, metrics, models, parallel
 from ..config import Config, DelveError
 from ..models import Compute
 from . import cache, objective, optim
@@ -33,7 +33,13 @@ LONGEST_WINDOW = 512  # tokens of a row unless asked for; the context where that
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run is made; every field has a flag of `delve train` and `delve heal`."""
+    """How a run is made; every field has a flag of `delve train` and `delve heal`.
+
+    >>> import delve_jax
+    >>> settings = delve_jax.Settings(tokens=100_000, batch=8, window=128)
+    >>> settings.steps(T=128), settings.peak
+    (98, 0.001)
+    """
 
     tokens: int
     batch: int = 8  # rows of a step, over all devices
@@ -103,6 +109,7 @@ class Settings:
         ):
             if not fits:
                 raise DelveError(f"{flag} {value}: must {must}")
+        metrics.check_sinks(self.saving.track)
         return self
 
     def row_length(self, cfg: Config) -> int:
