@@ -264,16 +264,17 @@ def _metrics(example: Example, scored: list[tuple[float, bool, int]]) -> dict[st
 
 
 def _joint(context: str) -> tuple[str, str]:
-    """(context without spaces at its end, what joins it to its continuation): a space unless the
-    context is empty or ends in white space of its own."""
-    bare = context.rstrip(" ")
-    return bare, context[len(bare) :] or (" " if context and not context[-1].isspace() else "")
+    """(context without white space at its end, what joins it to its continuation): that white space
+    (it is scored with the continuation, as lm-eval does), or a space after a context without."""
+    bare = context.rstrip()
+    return bare, context[len(bare) :] or (" " if context else "")
 
 
 def ids_of(tok, context: str, continuation: str) -> tuple[np.ndarray, int]:
     """Ids of both together and how many belong to the continuation.
 
-    Spaces between them go to the continuation, as byte-level BPE keeps a space with the word after.
+    White space between them goes to the continuation: byte-level BPE keeps a space with the word
+    after it.
     """
     bare, gap = _joint(context)
     both = np.asarray(tok.encode(bare + gap + continuation, add_special_tokens=False).ids, np.int32)

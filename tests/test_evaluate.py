@@ -244,6 +244,13 @@ def test_cloze_needs_every_token(tmp_path):
     assert tasks.evaluate_task(alphabet, path, limit=1)["logprob"] == pytest.approx(want, 1e-4)
 
 
+def test_white_space_that_ends_a_context_is_scored(tmp_path):
+    """As lm-eval does it, whose accuracies per byte differ else: two wrong tokens, not one."""
+    path = write_task(tmp_path, [{"context": "fgh\n", "continuation": "!"}])
+    wrong = -math.log(math.exp(9) + 255)
+    assert tasks.evaluate_task(alphabet, path)["logprob"] == pytest.approx(2 * wrong, 1e-4)
+
+
 def test_minimal_pairs_and_context_options(tmp_path):
     rows = [
         {"sentence_good": "abcdef", "sentence_bad": "abdcef"},
