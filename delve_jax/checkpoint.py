@@ -72,6 +72,8 @@ def writing(dst: str | Path, overwrite: bool = False, fresh: bool = False):
     and steps, which stay). DelveError: DST is taken, or the disk refuses.
     """
     dst = Path(dst)
+    if not dst.name:
+        raise DelveError(f"{dst}: name a directory to make, not one that is there")
     partial = dst.with_name(dst.name + ".partial")
     try:
         parallel.on_main(_claim, dst, overwrite, fresh)
@@ -186,9 +188,14 @@ def _restore_tree(path: Path, abstract, check: bool = True):
             args = ocp.checkpoint_utils.construct_restore_args(abstract)
             # partial: what the abstract tree leaves out is not read
             args = ocp.args.PyTreeRestore(abstract, restore_args=args, partial_restore=True)
-            return orbax.restore(path.absolute(), args=args)
+            tree = orbax.restore(path.absolute(), args=args)
     except Exception as err:  # damage surfaces as anything from KeyError to RuntimeError
         raise DelveError(f"{path}: damaged checkpoint, make it again ({_one_line(err)})") from None
+    for key, leaf in _leaves(tree):  # Orbax hands back what it did not find as it was asked for
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            name = parallel.path_of(key)
+            raise DelveError(f"{path}: damaged checkpoint, make it again (it has no {name})")
+    return tree
 
 
 def _one_line(err: BaseException) -> str:
@@ -420,19 +427,30 @@ class Steps:
             self._orbax.wait_until_finished()
         except Exception as err:
             raise self._failed(err) from None
-        self._writing = None
-        parallel.on_main(self._retain)
+        step, self._writing = int(self._writing.name), None
+        parallel.on_main(self._retain, step)
 
     def restore(self, abstract, say=lambda line: None):
         """(step, state) of the newest sound state in the placement of `abstract`, None without.
 
-        Damaged ones are passed over; `say` gets a line on each.
+        Damaged ones are passed over; `say` gets a line on each. DelveError where none can be used
+        though the checksums of one hold: work that is there is not begun anew in silence.
         """
+        whole = None
         for step in reversed(parallel.on_main(self.numbers)):
+            sound = False
             try:
-                return step, _restore_tree(self.path(step), abstract)
+                parallel.on_main(_check_sums, self.path(step))
+                sound = True
+                return step, _restore_tree(self.path(step), abstract, check=False)
             except DelveError as err:
+                whole = whole or (err if sound else None)
                 say(f"{err}; passed over, an older state is used")
+        if whole:
+            raise DelveError(
+                f"{self.folder}: no state can be restored, though checksums hold ({whole}); repeat "
+                "the command as it was begun, or --overwrite to begin anew"
+            )
         return None
 
     def _prepare(self, path: Path) -> None:
@@ -449,7 +467,8 @@ class Steps:
         path, self._writing, self._orbax = self._writing, None, None
         return _refused(path, err)
 
-    def _retain(self) -> None:
-        for step in self.numbers()[: -self.keep]:
+    def _retain(self, last: int) -> None:
+        # later ones were passed over as damaged: they do not count among those that stay
+        for step in [n for n in self.numbers() if n <= last][: -self.keep]:
             if not self.keep_every or step % self.keep_every:
                 shutil.rmtree(self.path(step), ignore_errors=True)

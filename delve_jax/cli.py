@@ -56,6 +56,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
+def _seed(text: str) -> int:
+    """A seed that every generator here takes."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text}: a seed is a whole number from 0 to 2^32 - 1")
+    return int(text)
+
+
 def parser() -> Parser:
     """All verbs and their flags."""
     top = Parser(prog="delve", description=__doc__.split("\n")[0],
@@ -90,7 +97,7 @@ def parser() -> Parser:
     p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of healing")
     p.add_argument("--save-every", type=int, default=200, metavar="STEPS", help=EVERY)
     p.add_argument("--mesh", help='devices, as "data=4,model=2"; default: all on data')
-    p.add_argument("--seed", type=int, default=0, help=SEED)
+    p.add_argument("--seed", type=_seed, default=0, help=SEED)
     p.add_argument("--out", default="out/delve", metavar="DIR", help="for all results (out/delve)")
 
     p = verb("convert", "any source to a checkpoint directory", writes=True)
@@ -112,7 +119,7 @@ def parser() -> Parser:
     p.add_argument("--refine-written", type=int, default=4, metavar="X",
                    help="and on X N tokens that the parent writes itself (4)")  # fmt: skip
     p.add_argument("--storage", default="uv", help="uv, pivot (fewer numbers), int8 (fewer bytes)")
-    p.add_argument("--seed", type=int, default=0, help=SEED)
+    p.add_argument("--seed", type=_seed, default=0, help=SEED)
 
     p = verb("fuse", "pool compressed or dense parents into one DELVE", writes=True)
     p.add_argument("sources", nargs="+", metavar="SRC", help=SRC), p.add_argument("dst", help=DST)
@@ -130,7 +137,7 @@ def parser() -> Parser:
                    help="its maps start as the best guess of what was lost")  # fmt: skip
     p.add_argument("--codes", type=int, metavar="R",
                    help="rank of tables that streams share (default: each its own)")  # fmt: skip
-    p.add_argument("--seed", type=int, default=0, help=SEED)
+    p.add_argument("--seed", type=_seed, default=0, help=SEED)
 
     p = verb("heal", "train towards the dense parents' pool", writes=True)
     p.add_argument("src", help=SRC), p.add_argument("dst", help=DST)
@@ -232,7 +239,7 @@ def parser() -> Parser:
     p.add_argument("--top-k", type=int, default=0, metavar="K", help="among the K likeliest ids")
     p.add_argument("--top-p", type=float, default=1.0, metavar="P",
                    help="among the fewest ids that hold the share P")  # fmt: skip
-    p.add_argument("--seed", type=int, default=0, help=SEED)
+    p.add_argument("--seed", type=_seed, default=0, help=SEED)
     _part_flags(p)
 
     p = verb("inspect", "a DELVE on a text: streams, gate, hub, where it gains; JSON and a picture")
@@ -301,7 +308,7 @@ def _run_flags(p: argparse.ArgumentParser, plan: bool = False) -> None:
                    help="split T between layers over model=")  # fmt: skip
     p.add_argument("--across-documents", action="store_true",
                    help="let documents in a row see each other")  # fmt: skip
-    p.add_argument("--seed", type=int, default=0, help=SEED)
+    p.add_argument("--seed", type=_seed, default=0, help=SEED)
 
 
 def _delphi_flags(verbs) -> None:
@@ -348,7 +355,7 @@ def _delphi_flags(verbs) -> None:
     p.add_argument("--report-text", nargs="+", required=True, metavar="TEXT",
                    help="held-back text: the loss of a point")  # fmt: skip
     _track_flag(p)
-    p.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="a run for each")
+    p.add_argument("--seeds", type=_seed, nargs="+", default=[0], metavar="N", help="one run each")
     p.add_argument("--mesh", help='as "replica=2,data=4,model=2"; default: all devices on data')
     for flag, kind in GIVEN.items():
         p.add_argument("--" + flag.replace("_", "-"), type=kind, help="instead of the recipe's")
@@ -466,6 +473,9 @@ def main(argv: list[str] | None = None) -> int:
         result = run(args)
     except DelveError as err:
         print(f"error: {err}", file=sys.stderr)
+        return 2
+    except OSError as err:  # a full disk, a folder that may not be written
+        print(f"error: {err.filename or args.verb}: {err.strerror or err}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)

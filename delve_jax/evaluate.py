@@ -299,6 +299,9 @@ def hf_scorer(model_dir: str | Path, trust_remote_code: bool = False) -> Scorer:
             return logits_BTV.logsumexp(-1) - picked_BT, logits_BTV.argmax(-1) == targets_BT
 
     def write(prompts, n):
+        if config.get("model_type") == "rwkv" and len(prompts) > 1:
+            # transformers' RWKV ignores the mask, and its cached step mixes the rows of a batch
+            return [new for prompt in prompts for new in write([prompt], n)]
         tokens_BT, mask_BT = _left_padded(prompts)
         with torch.inference_mode():
             out_BT = model.generate(
@@ -313,7 +316,9 @@ def hf_scorer(model_dir: str | Path, trust_remote_code: bool = False) -> Scorer:
     parameters = sum(sizes.values())
     itemsize = jnp.dtype(config.get("dtype") or config.get("torch_dtype") or "float32").itemsize
     names = ("max_position_embeddings", "context_length", "n_positions")
-    context = next((config[name] for name in names if config.get(name)), WINDOW)
+    # stock Mamba names none: what `parents.mamba` takes it to be, so that both backends cut alike
+    least = 2048 if config.get("model_type") == "mamba" else WINDOW
+    context = next((config[name] for name in names if config.get(name)), least)
     return Scorer(score, vocab_size, context, tok, parameters, parameters * itemsize, write)
 
 

@@ -124,7 +124,8 @@ def warm_hub(
     compression took from them, (h_p dense - h_p) / sigma_p, over tokens_NT [N, T] (hybrid.md §5).
     With g = 0 it acts on nothing until g has learned. report: share of the variance that the map
     explains ("r2", by sync point), also of each stream by itself and by the others alone at full
-    rank: whether other streams know what a stream lost. dense: parents in the order of the streams.
+    rank: whether other streams know what a stream lost; None where no stream lost anything. dense:
+    parents in the order of the streams.
     DelveError: cross connectors (each stream would need maps of its own), or none.
     """
     if cfg.connectors not in ("hub", "self") or "hub" not in params:
@@ -170,16 +171,17 @@ def warm_hub(
             rest = np.setdiff1d(np.arange(ends[-1]), np.arange(ends[-1])[here])
             own = _reduced_rank(xx[here, here], xe[here, here], cfg.hub_rank)
             explained["own"] += own[2]
-            full = _reduced_rank(xx[np.ix_(rest, rest)], xe[rest, here], widths[0] * len(widths))
+            full = _reduced_rank(xx[np.ix_(rest, rest)], xe[rest, here], int(ends[-1]))
             explained["others"] += full[2]
             if cfg.connectors == "self":
                 fits += own[2]
             pair = own[:2] if cfg.connectors == "self" else (a[here], b[:, here])
             for kept, new in zip(maps[n], pair, strict=True):
                 kept.append(new)
-        report["r2"].append(fits / ee.sum())
-        report["r2_self"].append(explained["own"] / ee.sum())
-        report["r2_others"].append(explained["others"] / ee.sum())
+        lost = float(ee.sum())  # nothing, where the streams are dense: then there is no share
+        for key, part in (("r2", fits), ("r2_self", explained["own"]),
+                          ("r2_others", explained["others"])):  # fmt: skip
+            report[key].append(part / lost if lost else None)
     for n in cfg.names:
         a_SDr, b_SrD = (jnp.asarray(np.stack(m), jnp.float32) for m in maps[n])
         hub[n] |= {"a": a_SDr, "b": b_SrD, "g": jnp.zeros_like(hub[n]["g"])}
@@ -357,8 +359,7 @@ def _newton(value_grad_hess, a: np.ndarray, tolerance: float = 1e-7):
     """Projected Newton for a smooth convex function over a >= 0 -> (a, value)."""
     value, grad, hess = value_grad_hess(a)
     for _ in range(30):
-        ridge = 1e-9 * np.trace(hess) / len(a) + 1e-12
-        root = np.linalg.cholesky(hess + ridge * np.eye(len(a))).T
+        root = _root(hess)
         # argmin over b >= 0 of the quadratic model: || root b - (root a - root^-T grad) ||
         target, _ = nnls(root, root @ a - np.linalg.solve(root.T, grad))
         step, gain = 1.0, grad @ (target - a)
@@ -375,6 +376,18 @@ def _newton(value_grad_hess, a: np.ndarray, tolerance: float = 1e-7):
         if done:
             break
     return a, float(value)
+
+
+def _root(hess: np.ndarray) -> np.ndarray:
+    """R with R^T R = hess, invertible."""
+    ridge = 1e-9 * np.trace(hess) / len(hess) + 1e-12
+    try:
+        return np.linalg.cholesky(hess + ridge * np.eye(len(hess))).T
+    except np.linalg.LinAlgError:
+        # parents that are nearly the same: what tells them apart is below float32's rounding
+        values, vectors = np.linalg.eigh((hess + hess.T) / 2)
+        least = 1e-6 * max(float(values[-1]), 1e-6)
+        return np.sqrt(np.maximum(values, least))[:, None] * vectors.T
 
 
 def _em(log_p_KN: np.ndarray, tolerance: float = 1e-9):

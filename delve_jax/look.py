@@ -65,8 +65,17 @@ def evaluate(
     if text:
         out |= evaluation.evaluate(model, texts_of(text))
     if tasks:
-        out["tasks"] = {Path(t).stem: evaluate_task(model, t, **how) for t in tasks}
+        out["tasks"] = {n: evaluate_task(model, t, **how) for n, t in _task_names(tasks).items()}
     return out
+
+
+def _task_names(files: Sequence[str | Path]) -> dict[str, str | Path]:
+    """{name: file}: the stem, or the whole path of files whose stems are the same."""
+    stems = [Path(file).stem for file in files]
+    return {
+        stem if stems.count(stem) == 1 else str(file): file
+        for stem, file in zip(stems, files, strict=True)
+    }
 
 
 def generate(

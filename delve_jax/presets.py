@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable
 
 from . import compress, fuse
@@ -144,7 +145,12 @@ PRESETS: dict[str, Callable[[], Config]] = {
 
 
 def preset(name: str, keep: float | None = None) -> Config:
-    """The configuration of this name; keep: of the DELVE tiers, the kept share of each parent."""
+    """The configuration of this name; keep: of the DELVE tiers, the kept share of each parent.
+
+    delphi-N is one for every multiple N of the head's width, beyond those that are listed.
+    """
+    if keep is None and name not in PRESETS and re.fullmatch(r"delphi-[1-9]\d{0,5}", name):
+        return delphi(int(name.removeprefix("delphi-")))
     if name not in PRESETS:
         raise DelveError(f"preset {name}: unknown; there are {', '.join(PRESETS)}")
     if keep is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -31,9 +32,16 @@ CALIBRATION_WINDOW = 512  # longest calibration window; shorter where the contex
 def begin(dst: str | Path, command: dict, overwrite: bool = False) -> bool:
     """Claim DST for `command`; True where it stands there finished already.
 
-    DelveError where DST or DST.partial holds the work of other arguments (unless overwrite).
+    DelveError where DST or DST.partial holds the work of other arguments (unless overwrite), or
+    cannot be made.
     """
-    return parallel.on_main(_begin, Path(dst), command, overwrite)
+    dst = Path(dst)
+    if not dst.name:
+        raise DelveError(f"{dst}: name a directory to make, not one that is there")
+    try:
+        return parallel.on_main(_begin, dst, command, overwrite)
+    except OSError as err:
+        raise DelveError(f"{dst}: cannot be written ({err.strerror or err})") from None
 
 
 def _begin(dst: Path, command: dict, overwrite: bool) -> bool:
@@ -60,7 +68,7 @@ def _begin(dst: Path, command: dict, overwrite: bool) -> bool:
 
 def _has_work(partial: Path) -> bool:
     """Whether more stands there than what a command that failed at once leaves."""
-    notes = {"run.json", "config.json", "tokenizer.json", "metrics.jsonl", *SINKS}
+    notes = {"run.json", "config.json", "tokenizer.json", "metrics.jsonl", "teachers.json", *SINKS}
     return any(p.name not in notes for p in partial.iterdir())
 
 
@@ -101,6 +109,8 @@ def refinement_rows(
 
 def name_of(src: str | Path) -> str:
     """A short name of a source: its directory, file or repository name without revision."""
+    if Path(src).exists():  # a path may hold "@", and "." has no name of its own
+        return Path(os.path.abspath(src)).name.removesuffix(".pth")
     return re.sub(r"@.*$", "", str(src).rstrip("/")).rsplit("/", 1)[-1].removesuffix(".pth")
 
 

@@ -76,11 +76,12 @@ def sweep(
     how = given | {"saving": Saving(track=tuple(track))}
     if rules:
         jobs = _candidates(rules, flops, widths, seeds, how, text, tokenizer, mesh)
+        common = {"tokenizer": tokenizer and str(tokenizer)}
     else:
-        jobs = _healings(heal, tokens, seeds, how, text, mesh)
+        jobs, common = _healings(heal, tokens, seeds, how, text, mesh), {}
     _claim(dst, {"text": list(map(str, text)), "report_text": scored, "given": given,
-                 "recipe": rules and dataclasses.asdict(rules)})  # fmt: skip
-    left = [job for job in jobs if not (dst / "runs" / job.name / SCORE).exists()]
+                 "recipe": rules and dataclasses.asdict(rules), **common})  # fmt: skip
+    left = [job for job in jobs if not _scored(dst / "runs" / job.name / SCORE, job)]
     with metrics.progress(sum(job.facts["train_flops"] for job in left), "sweep", "FLOP") as bar:
         for job in left:
             bar.set_postfix_str(job.name)
@@ -92,6 +93,18 @@ def sweep(
     return {"path": str(dst), "points": str(dst / "points.csv"), "rows": rows}
 
 
+def _scored(file: Path, job: Job) -> bool:
+    """Whether this run is done; DelveError where another one has its name."""
+    if not file.exists():
+        return False
+    key = "src" if "src" in job.facts else "flops"
+    now, before = job.facts[key], read_json(file).get(key)
+    if before not in (None, now):
+        raise DelveError(f"{file.parent}: is the run of {key} {before}, not {now}; rename one, or "
+                         "name another DST")  # fmt: skip
+    return True
+
+
 def _documents(files: Sequence[str]) -> list[str]:
     return [document for file in files for document in data.read_documents(file)]
 
@@ -101,7 +114,8 @@ def _claim(dst: Path, command: dict) -> None:
     record = dst / "sweep.json"
     if record.exists():
         before = read_json(record)["command"]
-        odd = [k for k, v in json.loads(json.dumps(command)).items() if before.get(k) != v]
+        given = json.loads(json.dumps(command))
+        odd = [k for k, v in given.items() if k in before and before[k] != v]
         if odd:
             raise DelveError(f"{dst}: holds runs of another {odd[0]}; name another DST")
         return
@@ -124,14 +138,15 @@ def _candidates(rules: Recipe, flops, widths, seeds, given, text, tokenizer, mes
         for c in found:
             cfg = presets.delphi(c.hidden, rules)
             for seed in seeds:
-                settings = _checked(settings_of(rules, C, c, seed, given))
-                steps = settings.steps(rules.seq_len)
-                run = steps * settings.batch * rules.seq_len
+                settings = _checked(settings_of(rules, C, c, seed, given), mesh)
+                T = settings.row_length(cfg)
+                steps = settings.steps(T)
+                run = steps * settings.batch * T
+                spent = dataclasses.replace(rules, seq_len=T).train_flops(c.hidden, run)
                 facts = {
                     "flops": C, "params": models.count(cfg), "tokens": run, "steps": steps,
                     "batch_size": settings.batch, "hidden": c.hidden, "layers": c.layers,
-                    "seed": seed, "train_flops": rules.train_flops(c.hidden, run),
-                    "lr": settings.peak,
+                    "seed": seed, "train_flops": spent, "lr": settings.peak,
                 }  # fmt: skip
 
                 def make(folder, cfg=cfg, settings=settings):
@@ -161,9 +176,9 @@ def settings_of(rules: Recipe, C: float, run: Candidate, seed: int, given: dict)
     return dataclasses.replace(settings, **given)
 
 
-def _checked(settings: Settings) -> Settings:
+def _checked(settings: Settings, mesh: str | None) -> Settings:
     """Flags that contradict each other are named before the first run."""
-    return settings.checked(parallel.make_mesh(None))
+    return settings.checked(parallel.make_mesh(mesh))
 
 
 def _healings(sources, tokens, seeds, given, text, mesh) -> list[Job]:
@@ -176,7 +191,8 @@ def _healings(sources, tokens, seeds, given, text, mesh) -> list[Job]:
                 raise DelveError(f"{src}: not compressed; the ladder of healing takes checkpoints "
                                  "of `delve compress` or `delve fuse`")  # fmt: skip
             for seed in seeds:
-                settings = _checked(dataclasses.replace(Settings(tokens=N, seed=seed), **given))
+                settings = dataclasses.replace(Settings(tokens=N, seed=seed), **given)
+                settings = _checked(settings, mesh)
                 T = settings.row_length(cfg)
                 steps = settings.steps(T)
                 run, params = steps * settings.batch * T, models.count(cfg)
@@ -186,7 +202,7 @@ def _healings(sources, tokens, seeds, given, text, mesh) -> list[Job]:
                     "flops": spent, "params": params, "tokens": run, "steps": steps,
                     "batch_size": settings.batch, "hidden": _width(cfg), "layers": _depth(cfg),
                     "seed": seed, "keep": round(params / sum(map(models.count, dense)), 4),
-                    "train_flops": spent, "lr": settings.peak,
+                    "train_flops": spent, "lr": settings.peak, "src": str(src),
                 }  # fmt: skip
 
                 def make(folder, src=src, settings=settings):

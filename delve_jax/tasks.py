@@ -14,6 +14,7 @@ pass@1) do; both come from the same lines (design notes, delphi.md section 8). A
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -25,7 +26,7 @@ import numpy as np
 
 from . import data, sandbox
 from .config import DelveError
-from .evaluate import WINDOW, Scorer, as_scorer, batch_size, check_ids, run_rows, tokenizer_of
+from .evaluate import Scorer, as_scorer, batch_size, check_ids, run_rows, tokenizer_of
 from .metrics import progress
 
 WANTED = (
@@ -110,7 +111,14 @@ def _example(row: dict, mmlu: str) -> Example:
         raise TypeError("an alternative is empty or not a string")
     if not 0 <= gold < len(pairs):
         raise ValueError(f"gold {gold} of {len(pairs)} choices")
-    return Example(pairs, int(gold), **more)
+    return Example(tuple(_without_joint(*pair) for pair in pairs), int(gold), **more)
+
+
+def _without_joint(context: str, text: str) -> tuple[str, str]:
+    """The pair without the space that the continuation brings along (some files have it there):
+    `_joint` puts it back, and a second one would be another text."""
+    brings = context and not context[-1].isspace() and text[0] == " " and len(text) > 1
+    return context, text[1:] if brings else text
 
 
 def _lettered(row: dict, mmlu: str) -> tuple[tuple[str, str], ...]:
@@ -289,6 +297,29 @@ def continuations(scorer: Scorer, jobs, batch, bos, desc) -> list[tuple[float, b
     """(log-probability, all arg max, tokens) of the last `n` ids of each job (ids, n).
 
     As in lm-eval `<|endoftext|>` stands before a continuation without a context, and nowhere else.
+    Continuations longer than the model's context are scored in pieces of half of it.
+    """
+    pieces = [_pieces(*job, scorer.context_length) for job in jobs]
+    scored = iter(_scored(scorer, [job for some in pieces for job in some], batch, bos, desc))
+    out = []
+    for (_, n), some in zip(jobs, pieces, strict=True):
+        parts = [next(scored) for _ in some]
+        out.append((sum(total for total, _ in parts), all(hit for _, hit in parts), n))
+    return out
+
+
+def _pieces(ids, n: int, longest: int) -> list[tuple[np.ndarray, int]]:
+    """The job as jobs of at most `longest` ids to score, each behind all that comes before."""
+    if n <= longest:
+        return [(ids, n)]
+    step = max(1, longest // 2)
+    cuts = [*range(len(ids) - n, len(ids), step), len(ids)]
+    return [(ids[:end], end - start) for start, end in itertools.pairwise(cuts)]
+
+
+def _scored(scorer: Scorer, jobs, batch, bos, desc) -> list[tuple[float, bool]]:
+    """(log-probability, all arg max) of jobs that each fit into the context.
+
     Rows are right-padded (a causal model does not see the padding) to a power of two, longest
     first, so that few shapes are compiled and a lack of memory shows at once.
     """
@@ -314,7 +345,7 @@ def continuations(scorer: Scorer, jobs, batch, bos, desc) -> list[tuple[float, b
             # without <|endoftext|> nothing predicts the first id of a text: a uniform guess
             uniform = math.log(scorer.vocab_size) if bos is None and n == len(jobs[i][0]) else 0.0
             total = float(nll_T[first:end].sum(dtype=np.float64)) + uniform
-            out[i] = (-total, bool(hit_T[first:end].all()), n)
+            out[i] = (-total, bool(hit_T[first:end].all()))
     return out
 
 
@@ -343,7 +374,7 @@ def _generated(scorer: Scorer, tok, examples: list[Example], batch, desc: str) -
 def _answers(scorer: Scorer, tok, examples: Sequence[Example]) -> list[str]:
     """What the model writes after each context, up to the first stop."""
     kind = examples[0].kind
-    room = max(1, min(scorer.context_length, WINDOW) - 1)
+    room = max(1, scorer.context_length - 1)
     new = min(NEW_TOKENS[kind], room)
     prompts = [tok.encode(one.pairs[0][0], add_special_tokens=False).ids for one in examples]
     prompts = [ids[-max(1, room - new) :] for ids in prompts]  # cut from the left, as scores are

@@ -55,6 +55,8 @@ def heal(
                "data_hash": data.data_hash(documents) if documents else None,
                "teachers": teachers and list(map(str, teachers)),
                "stages": list(map(dataclasses.asdict, parts)), **_what(settings)}  # fmt: skip
+    if teacher_cache:  # samples are another loss than the teachers themselves
+        command["teacher_cache"] = True
     on = parallel.make_mesh(mesh)
     settings.checked(on)
     if begin(dst, command, overwrite):
@@ -86,9 +88,11 @@ def heal(
         own = part.settings(settings)
         place = partial_of(dst) / "stages" / f"{number + 1}-{part.name}"
         if not place.exists():  # else it is done
+            # a copy: a stage forgets teachers without weight, whom the next one may ask
             params, facts = _stage(
-                src, cfg, part, own, opener, partial_of(place), skip=used, weights=weights, **how
-            )
+                src, cfg, part, own, opener, partial_of(place), skip=used, weights=weights,
+                **how | {"teachers": list(loaded)},
+            )  # fmt: skip
             checkpoint.save(place, cfg, params, tokenizer, extra={"heal.json": facts},
                             served=("state",))  # fmt: skip
         report["stages"][part.name] = facts = read_json(place / "heal.json")
@@ -208,7 +212,7 @@ def _tokenizer_for(cfg: Config, tokenizer: str | None, text: Sequence[str]) -> s
     size = data.load_tokenizer(found, cfg.vocab_size).get_vocab_size(with_added_tokens=True)
     if size > cfg.vocab_size:
         raise DelveError(
-            f"--tokenizer {tokenizer}: has {size:,} ids, the preset's vocabulary is "
+            f"--tokenizer {tokenizer or folders[0]}: has {size:,} ids, the preset's vocabulary is "
             f"{cfg.vocab_size:,}; choose another of the two"
         )
     return found
@@ -242,4 +246,5 @@ def _finish(dst, cfg, params, tokenizer, overwrite, verb: str, report: dict, sou
     checkpoint.save(dst, cfg, params, tokenizer, overwrite, extra)
     for name in ("state", "stages"):  # which serve resuming only
         parallel.on_main(shutil.rmtree, Path(dst) / name, True)
+    parallel.on_main((Path(dst) / run.FITTED).unlink, True)
     return {"path": str(dst), **parallel.on_main(info, dst), verb: report}

@@ -264,7 +264,7 @@ def upcycle(
             documents=texts["train"], mesh=mesh,
         )  # fmt: skip
     elif not (work / "checkpoint").exists():
-        shutil.copytree(work / "fused", work / "checkpoint")
+        _copy(work / "fused", work / "checkpoint")
     done("heal")
     # one window for every row, whatever each parent could read
     window = min(evaluation.WINDOW, *(cfg.context_length for cfg, _ in known))
@@ -316,9 +316,19 @@ def _rows_file(work: Path, rows: dict | None = None) -> dict:
     """Scores so far, kept beside the work so that a repeated command does not score again."""
     path = work / "rows.json"
     if rows is not None:
-        path.write_text(json.dumps(rows))
+        half = path.with_suffix(".writing")
+        half.write_text(json.dumps(rows))
+        half.replace(path)
         return rows
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _copy(src: Path, dst: Path) -> None:
+    """A folder under a second name, which it takes when it is whole: the copy may be killed."""
+    half = dst.with_name(dst.name + ".partial")
+    shutil.rmtree(half, ignore_errors=True)
+    shutil.copytree(src, half)
+    half.rename(dst)
 
 
 def _unique(names: list[str]) -> list[str]:

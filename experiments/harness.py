@@ -4,8 +4,8 @@ Command: python experiments/harness.py [CHECKPOINT EXPORT] [--limit N]   (needs 
 default: what `make quickstart` leaves). piqa, arc_easy, LAMBADA and three BLiMP paradigms from
 ../shared/data/eval as local yaml tasks, offline. Three ways: `delve eval --tasks` on the
 checkpoint, lm-eval's `hf` model on the exported directory, lm-eval with `delve_jax.harness` on the
-checkpoint. Bar: every metric within 1e-3. Result: experiments/results/harness.json. Not run on
-these sets yet; `compare` is what tests/test_ecosystem.py runs on small ones.
+checkpoint. Bar: every metric within 1e-3. Result: experiments/results/harness.json: equal on the
+first 200 lines of each (5 minutes of a core). tests/test_ecosystem.py runs `compare` on small sets.
 """
 
 import argparse

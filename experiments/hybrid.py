@@ -175,8 +175,9 @@ def healed(key, cfg, params, seed, names=NAMES, tokens=HEAL, terms=Terms(), stag
             return rows[skip:] if skip else rows
 
         work = place.with_name(f"{place.name}.{part.name}.partial")
+        # a copy of the list: healing forgets teachers without weight
         params, facts = run.heal(
-            cfg, lambda p=params: jax.tree.map(jax.numpy.copy, p), open_data, teachers, own,
+            cfg, lambda p=params: jax.tree.map(jax.numpy.copy, p), open_data, list(teachers), own,
             mesh=parallel.make_mesh(None), workdir=work, eot=data.eot_of(tokenizer()),
             terms=part.terms, weights=weights,
         )  # fmt: skip

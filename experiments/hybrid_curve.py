@@ -16,10 +16,12 @@ import dataclasses
 import sys
 
 import hybrid
+import numpy as np
 
-from delve_jax import data, fuse, models, parallel, presets
+from delve_jax import checkpoint, data, fuse, models, parallel, presets
 from delve_jax.config import DelveError
 from delve_jax.delphi import recipe
+from delve_jax.report import ACCENT, INK, KINDS, MUTED
 from delve_jax.train import run
 
 SIZES = (0.5, 1.0, 1.25)
@@ -27,8 +29,9 @@ SIZES = (0.5, 1.0, 1.25)
 
 def delve(N, seed):
     """The healed DELVE of N parameters."""
-    cfg, params, _ = hybrid.hybrid(N, seed)
-    return hybrid.healed(f"delve-{N}-s{seed}", cfg, params, seed)
+    if (place := hybrid.WORK / "healed" / f"delve-{N}-s{seed}").exists():
+        return checkpoint.restore(place)
+    return hybrid.healed(place.name, *hybrid.hybrid(N, seed)[:2], seed)
 
 
 def of_delve(N, seed):
@@ -117,17 +120,66 @@ def main():
                     results.row(f"{kind} {size:g}", seed, lambda m=make, n=N, s=seed: m(n, s))
                     bar.update(1)
     against = {}
-    for size in {row["cell"].split()[1] for row in results.rows if row["cell"][0] != "d"} | {
-        f"{s:g}" for s in args.sizes
-    }:
-        ours = f"delve {size}"
-        if results.cell(ours):
-            against[size] = {
-                kind: results.difference(ours, f"{kind} {size}")
-                for kind in MAKERS
-                if kind != "delve" and results.cell(f"{kind} {size}")
-            }
+    for ours in {row["cell"] for row in results.rows if row["cell"].startswith("delve ")}:
+        size = ours.split()[1]
+        against[size] = {
+            kind: results.difference(ours, f"{kind} {size}")
+            for kind in MAKERS
+            if kind != "delve" and results.cell(f"{kind} {size}")
+        }
     results.save(delve_minus=against)
+    picture(results.rows, results.path.with_suffix(".png"))
+
+
+UP = {"incite": 3, "neox": -8}  # points: their labels would lie on each other
+
+
+def picture(rows, path):
+    """Parameters against nats a token: every model, a mark a seed, a line through the means."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(7.2, 4.6), dpi=150, layout="constrained")
+    kinds = [k for k in MAKERS if any(row["cell"].rpartition(" ")[0] == k for row in rows)]
+    top = 1 + min(row["report"] for row in rows)  # a model from scratch learns little so soon
+    off = sorted({f"{r['cell']}: {r['report']:.1f}" for r in rows if r["report"] > top})
+    rows = [row for row in rows if row["report"] <= top]
+    for name in hybrid.NAMES:  # dense ones are hollow, each in the colour of its compressed form
+        (row,) = (row for row in rows if row["cell"] == f"dense {name}")
+        x, y = row["parameters"] / 1e6, row["report"]
+        colour = KINDS[3 + hybrid.NAMES.index(name)]
+        ax.plot(x, y, "o", mfc="white", color=colour, ms=7)
+        ax.annotate(f"dense {name}", (x, y), xytext=(7, UP.get(name, -3)), fontsize=8,
+                    textcoords="offset points", color=colour)  # fmt: skip
+    for kind in kinds:
+        if not (mine := [row for row in rows if row["cell"].rpartition(" ")[0] == kind]):
+            continue
+        own = kind.removeprefix("part-")
+        colour = (
+            KINDS[3 + hybrid.NAMES.index(own)] if own in hybrid.NAMES
+            else {"delve": ACCENT, "ensemble": INK}.get(kind, MUTED)
+        )  # fmt: skip
+        cells = sorted({row["cell"] for row in mine}, key=lambda c: float(c.split()[1]))
+        means = [
+            (np.mean([r["parameters"] for r in mine if r["cell"] == c]) / 1e6,
+             np.mean([r["report"] for r in mine if r["cell"] == c])) for c in cells
+        ]  # fmt: skip
+        marker = "D" if kind == "delve" else "v" if kind.startswith("part-") else "s"
+        ax.plot([r["parameters"] / 1e6 for r in mine], [r["report"] for r in mine], marker,
+                color=colour, ms=5, alpha=0.6)  # fmt: skip
+        ax.plot(*zip(*means, strict=True), "-", color=colour, lw=1)
+        label = f"{own} compressed, healed" if kind.startswith("part-") else kind
+        label = f"{kind} healed" if kind in hybrid.NAMES else label
+        ax.annotate(label.replace("delve", "DELVE"), means[0], xytext=(7, UP.get(own, -3)),
+                    fontsize=8, textcoords="offset points", color=colour)  # fmt: skip
+    ax.set(xlabel="parameters (millions, all counted)", ylabel="nats per token, report split")
+    more = f"\noff the picture: {', '.join(off)}" if off else ""
+    ax.set_title(f"{hybrid.HEAL:,} tokens for each but the dense{more}", fontsize=9)
+    ax.margins(x=0.2)
+    ax.spines[["top", "right"]].set_visible(False)
+    fig.savefig(path)
 
 
 if __name__ == "__main__":

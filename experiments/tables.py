@@ -416,7 +416,8 @@ def hybrid_tasks() -> str:
 
 BLOCKS = (
     quickstart, proxies, interruption, sharding, training, optimisers, compression, shared_tables,
-    refinement, generation, compress_memory, hybrid_diversity, delphi, ladder, tiers,
+    refinement, generation, compress_memory, hybrid_diversity, hybrid_curve, hybrid_parts, delphi,
+    ladder, tiers,
 )  # fmt: skip
 
 

@@ -1,13 +1,16 @@
 """Bad parents: whatever is wrong with a source, one line that names the file and the tensor."""
 
+import errno
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from commands import bad
 from stock_models import broken, built_once, rewrite, tokenizer_json, torch
 
-from delve_jax import parents
+from delve_jax import checkpoint, parents, road, upcycle
+from delve_jax import compress as compression
 from delve_jax.config import DelveError
 from delve_jax.parents import stock
 from delve_jax.parents.io import weight_files
@@ -167,3 +170,31 @@ def test_torch_is_asked_for_where_it_is_needed(sources, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     fails(sources["neox-bin"], "pip install torch")
     parents.load(sources["neox"])  # safetensors need none
+
+
+def test_destinations_that_cannot_be_made(tmp_path, monkeypatch, capsys):
+    """One line, no traceback: the folder that one stands in, a file in the way, a full disk."""
+    source = upcycle.PROXIES / "rwkv"
+    monkeypatch.chdir(tmp_path)
+    assert "name a directory to make" in bad(capsys, "convert", source, ".")
+    with pytest.raises(DelveError, match="name a directory to make"), checkpoint.writing("."):
+        pass
+    (tmp_path / "file").write_text("")
+    assert "cannot be written (Not a directory)" in bad(capsys, "convert", source, "file/in/it")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "spectra.npz")
+
+    monkeypatch.setattr(compression, "compress", full)
+    line = bad(capsys, "compress", source, "small", "--keep", 0.5, "--method", "svd")
+    assert line == "error: spectra.npz: No space left on device"
+
+
+def test_names_of_local_sources(tmp_path, monkeypatch):
+    """A path may hold "@"; "." has no name of its own; hub ids lose their revision."""
+    folder = tmp_path / "me@host" / "neox"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    assert [road.name_of(s) for s in (folder, f"{folder}/", ".")] == ["neox"] * 3
+    assert road.name_of("org/name@refs/pr/1") == "name"
+    assert road.name_of("/gone/RWKV-4-430M.pth") == "RWKV-4-430M"

@@ -270,6 +270,36 @@ def test_retention(tmp_path, keep, every, left):
     assert states.numbers() == left
 
 
+def test_states_past_which_a_run_went_back_do_not_push_out_new_ones(tmp_path):
+    states = checkpoint.Steps(tmp_path)
+    for step in (6, 8):
+        states.save(step, state_at(step))
+    states.wait()
+    for step in (6, 8):
+        flip(largest(states.path(step)))
+    again = checkpoint.Steps(tmp_path)  # begun anew, and killed before it comes to 6
+    assert again.restore(abstract_state()) is None
+    again.save(4, state_at(4))
+    again.wait()
+    step, back = checkpoint.Steps(tmp_path).restore(abstract_state())
+    assert step == 4 and same(back, state_at(4))
+
+
+def test_work_that_cannot_be_restored_is_not_begun_anew(tmp_path):
+    """Checksums hold, but the state is that of another optimiser (a package that changed, say)."""
+    states = checkpoint.Steps(tmp_path)
+    states.save(3, state_at(3))
+    states.wait()
+    other = abstract_state() | {"more": jax.ShapeDtypeStruct((2,), jnp.float32)}
+    other = parallel.abstract(parallel.make_mesh(None), other)
+    with pytest.raises(DelveError, match="no state can be restored, though checksums hold"):
+        states.restore(other)
+    states.save(6, state_at(6))  # one flipped bit there is passed over as ever
+    states.wait()
+    flip(largest(states.path(6)))
+    assert states.restore(abstract_state())[0] == 3
+
+
 def test_leavings_of_a_kill_are_no_states_and_go(tmp_path):
     """SIGKILL while a state is written: what stands half is not counted, then removed."""
     done = run(

@@ -276,3 +276,24 @@ def test_the_face_is_lazy_and_callable():
         [sys.executable, "-m", "delve_jax", "upcycle", "--help"], capture_output=True, text=True
     )
     assert out.returncode == 0 and "--heal-tokens" in out.stdout
+
+
+def test_a_killed_copy_is_made_again(tmp_path, monkeypatch):
+    """Half a checkpoint must not pass for the result of `--heal-tokens 0`."""
+    (tmp_path / "fused" / "params").mkdir(parents=True)
+    for name in ("config.json", "params/a"):
+        (tmp_path / "fused" / name).write_text(name)
+    real = shutil.copytree
+
+    def killed(src, dst):
+        (dst / "params").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "copytree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        upcycle._copy(tmp_path / "fused", tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
+    monkeypatch.setattr(shutil, "copytree", real)
+    upcycle._copy(tmp_path / "fused", tmp_path / "checkpoint")
+    assert (tmp_path / "checkpoint" / "params" / "a").read_text() == "params/a"
+    assert not (tmp_path / "checkpoint.partial").exists()

@@ -79,6 +79,9 @@ def test_separators_and_byte_exact_documents(tmp_path):
             path = tmp_path / f"{i}{name}"
             path.write_bytes(content)
             assert data.read_documents(path) == kept
+    windows = b"\r\n<|endoftext|>\r\n".join(d.encode() for d in ("one\r\ntwo", "three\n", "four"))
+    (tmp_path / "w.txt").write_bytes(windows)
+    assert data.read_documents(tmp_path / "w.txt") == ["one\r\ntwo", "three\n", "four"]
     (tmp_path / "plain.py").write_bytes(b"x = 1\r\n")
     assert data.read_documents(tmp_path / "plain.py") == ["x = 1\r\n"]
 

@@ -280,6 +280,25 @@ def test_extra_compute_pays_for_the_gap():
     paid = fit.loss_at(law, k * 1e21) + gap[0] * (k * 1e21) ** gap[1]
     assert k > 1.5 and paid == pytest.approx(fit.loss_at(law, 1e21), rel=1e-9)
     assert k < fit.extra_compute(law, fit.penalty_law(rows, 10.0), 1e21)
+    assert fit.extra_compute(law, (0.5, 0.0), 1e21) == math.inf  # a gap that does not shrink
+
+
+def test_penalties_are_those_of_the_budgets_at_hand(tmp_path, capsys):
+    """A toy ladder, valleys that widen with compute: nothing is said of 1e21 unless asked for."""
+    C, x = np.repeat([1e12, 1e13, 1e14], 7), np.tile(np.linspace(-0.5, 0.5, 7), 3)
+    T = 0.05 * C**0.57 * 10**x
+    width = 0.5 * (C / 1e12) ** 0.06
+    runs = points.Points(C, C / 6 / T, T, 2 + 0.6 * (C / 1e13) ** -0.1 + width * x * x)
+    path = write(tmp_path / "p.csv", runs)
+    code, out, _ = delve(capsys, "fit", path)
+    said = [line for line in out.splitlines() if "x T* tokens" in line]
+    assert code == 0 and len(said) == 1 and said[0].startswith("2 x T* tokens at 1e+14: 0.060 nats")
+    assert 1 < float(said[0].split("as ")[1].split()[0]) < 10
+    r = forecast.forecast(path, [1e22, 1e13], samples=20)["fit"]["penalty"]["rows"]
+    assert {p["flops"] for p in r} == {1e14, 1e22}
+    assert all((p["extra_compute"] is None) == (p["flops"] == 1e22) for p in r if p["scale"] == 2)
+    _, out, _ = delve(capsys, "forecast", path, "--flops", "1e22")
+    assert "2 x T* tokens at 1e+22" in out and "which no compute makes up for" in out
 
 
 # ---- forecasts -----------------------------------------------------------------------------------
@@ -465,6 +484,7 @@ BAD = {
         "flops,params,loss\n1e18,1e8,3.1\n1e18,2e8,3.0\n1e18,4e8,3.1\n",
         "1 budgets have an optimum",
     ),
+    "twice": ("flops,params,loss,Loss\n1e18,1e8,3,4\n", "two columns are called loss"),
     "quote": ('flops,params,loss\n"1e18,1e8,3\n', "CSV"),
     "bytes": (b"\x80\x81\xff", "CSV"),
 }
@@ -525,7 +545,10 @@ def test_the_contract(capsys, tmp_path):
         assert f["interval"][0] < f["loss"] < f["interval"][1]
         assert list(f["config"]) == CANDIDATE + RATES
     code, out, _ = delve(capsys, "fit", path, "--json")
-    assert code == 0 and json.loads(out) == r["fit"]
+    found = json.loads(out)
+    mine, ahead = (f["penalty"].pop("rows") for f in (found, r["fit"]))
+    assert code == 0 and found == r["fit"]  # but for the budgets that were forecast
+    assert [p for p in ahead if p["flops"] < 1e21] == mine and len(ahead) == 3 * len(mine)
 
 
 def test_for_people(capsys, tmp_path):

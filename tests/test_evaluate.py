@@ -198,8 +198,9 @@ def test_choices_by_the_published_formulas(tmp_path):
     want = {key: [] for key in got if key not in ("task", "examples")}
     for row in rows:
         gold = row["gold"]
-        ll = np.array([ll_of(" " + choice) for choice in row["choices"]])
-        size = np.array([len(choice.encode()) for choice in row["choices"]])
+        bare = [choice.removeprefix(" ") for choice in row["choices"]]  # which brings the joint
+        ll = np.array([ll_of(" " + choice) for choice in bare])
+        size = np.array([len(choice.encode()) for choice in bare])
         bits = -ll / (size * math.log(2))
         share = np.exp(-bits) / np.exp(-bits).sum()
         for key, value in {
@@ -271,6 +272,21 @@ def test_long_contexts_are_cut_from_the_left(tmp_path):
     b = tasks.evaluate_task(cut, write_task(tmp_path, [short]))
     assert a == b and a["logprob"] == pytest.approx(ll_of(" two"), rel=1e-5)
     assert tasks.evaluate_task(lm, write_task(tmp_path, [row]))["examples"] == 1
+
+
+def test_continuations_longer_than_the_context_are_scored_whole(tmp_path):
+    """In pieces; a model that reads one byte back shows that each stands behind the one before."""
+    text = "".join(map(chr, range(33, 83)))  # each byte's follower is the next one
+    rows = [{"context": "fghij", "continuation": text}, {"context": "", "continuation": text}]
+    lm = lambda context: evaluate.Scorer(evaluate.as_scorer(alphabet).score, 256, context)  # noqa: E731
+    for row in rows:
+        path = write_task(tmp_path, [row])
+        whole = tasks.evaluate_task(lm(256), path)
+        assert whole["acc"] == 1
+        for context in (9, 16, 40):
+            got = tasks.evaluate_task(lm(context), path)
+            assert got == {k: v if isinstance(v, str) else pytest.approx(v, rel=1e-5)
+                           for k, v in whole.items()}  # fmt: skip
 
 
 @pytest.mark.parametrize(

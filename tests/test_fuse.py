@@ -116,6 +116,9 @@ def test_a_warm_hub_explains_what_was_lost_and_changes_nothing_yet(parts, tokens
         float((((goal[n][0] - x[n]) / scale[n]) ** 2).sum()) for n in cfg.names
     )
     assert 1 - lost(after) / lost(h) == pytest.approx(report["r2"][0], abs=0.02)
+    if connectors == "self":  # dense streams lost nothing: no share, and no NaN in JSON
+        _, report = warm_hub(cfg, params, [(c, p) for _, c, p in parts], tokens[:2])
+        assert set(report["r2"]) == {None}
     with pytest.raises(DelveError, match="connectors hub and self"):
         warm_hub(dataclasses.replace(cfg, connectors="cross"), params, dense, tokens)
 
@@ -176,6 +179,19 @@ def test_superblocks(depths, expected):
         assert all(a < b for a, b in zip(bounds, bounds[1:], strict=False))
 
 
+def test_a_parent_and_its_near_twin(parts, tokens):
+    """What tells them apart is below float32's rounding, so that their Hessian is singular."""
+    _, cfg, params = parts[2]
+    r = np.random.default_rng(0)
+    other = jax.tree.map(lambda a: a * (1 + 1e-6 * r.normal(size=a.shape).astype(a.dtype)), params)
+    for third in ([], [parts[1][1:]]):
+        group = [(cfg, params), (cfg, other), *third]
+        pool, report = fit_weights([c for c, _ in group], [p for _, p in group], tokens)
+        assert report["nll"] <= min(report["nll_parents"]) + 1e-6
+        alone, _ = fit_weights([c for c, _ in group[1:]], [p for _, p in group[1:]], tokens)
+        assert pool["a"].sum() == pytest.approx(alone["a"].sum(), abs=5e-3)
+
+
 def test_bad_parents(parts):
     (n, c, _), other = parts[0], parts[1]
     odd = dataclasses.replace(other[1], vocab_size=V - 1, vocab_rows=V - 1)
@@ -221,6 +237,9 @@ def test_common_codes_of_twins_cost_the_rank_of_one(parts, tokens):
 def test_common_codes_need_text_and_a_rank_that_is_one(parts, tokens):
     with pytest.raises(DelveError, match="--codes: name text"):
         fuse(parts, codes=4)
+    odd = [(n, dataclasses.replace(c, storage="int8"), p) for n, c, p in parts]
+    with pytest.raises(DelveError, match="--codes: m is stored as int8"):
+        fuse(odd, tokens, codes=4)
     for rank in (0, 57):
         with pytest.raises(DelveError, match="must lie in 1 .. 56"):
             fuse(parts, tokens, codes=rank)

@@ -123,6 +123,28 @@ def test_stages_leave_one_checkpoint_and_one_log(healed, place):
     assert all(moved.values()), moved
 
 
+def test_a_teacher_without_weight_still_teaches_its_stream_in_a_later_stage(
+    place, tmp_path, monkeypatch
+):
+    """The first stage asks the pool alone and forgets it. (Nothing is trained here.)"""
+    fit = ([0.6, 0.0, 0.4], {"teacher_weights_from": "fit"})
+
+    def still(cfg, params, loss, dataset, settings, mesh, T, workdir, *_):
+        (workdir / "metrics.jsonl").write_text("")
+        return params[1](), {"steps": settings.steps(T), "tokens": settings.tokens}
+
+    monkeypatch.setattr(training.run, "_teacher_weights", lambda *_: fit)
+    monkeypatch.setattr(training.run, "_train", still)
+    stages = [{"name": "couple", "share": 0.5, "ce": 0, "kl": 1},
+              {"name": "joint", "share": 0.5, "streams": 0.3}]  # fmt: skip
+    (tmp_path / "stages.json").write_text(json.dumps(stages))
+    settings = training.Settings(tokens=128, batch=2, window=16)
+    out = training.heal(place / "fused", tmp_path / "out", settings, text=[place / "fit.txt"],
+                        stages=str(tmp_path / "stages.json"))  # fmt: skip
+    facts = out["heal"]["stages"]
+    assert facts["couple"]["teacher_weights"] == facts["joint"]["teacher_weights"] == fit[0]
+
+
 def test_wrong_objectives_are_refused(place, capsys, tmp_path):
     argv = ("heal", place / "fused", tmp_path / "x", "--data", place / "fit.txt", *HEAL)
     for flags, said in (

@@ -41,6 +41,16 @@ def counted(out) -> int:
     return models.count(cfg) - fuse.joints_count(fuse.joint_config(list(PARENTS.items())))
 
 
+def test_a_colon_in_a_parents_name():
+    """`Part.name` is a directory's: sizes still find their parent."""
+    sizes = {("b:c:att/out", 0): 3, ("c:att/out", 0): 5, ("codes", 0): 2}
+    choice = joint.knapsack.Allocation({}, sizes, 9, 0.0, 0.0)
+    body = [joint.parent_maps(PARENTS["x"])[0][1]]
+    assert body[0].name == "att/out"
+    plans = [joint._plan(name, body, choice, 9, 9) for name in ("b:c", "c")]
+    assert [plan.ranks for plan in plans] == [{"att/out": (3,)}, {"att/out": (5,)}]
+
+
 def test_the_budget_is_met_and_used(half):
     out, _ = half
     assert out.report["parameters"] == counted(out) <= TOTAL // 2

@@ -316,6 +316,27 @@ def test_a_cache_is_made_once_resumes_grows_and_refuses_other_runs(frozen, tmp_p
             cache.make(tmp_path / "a", other, 2, DENSE, teachers)
 
 
+def test_a_cache_that_does_not_fit_the_disk_is_refused_before_it_is_made(
+    frozen, tmp_path, monkeypatch
+):
+    """Pages of a mapped file that find no room kill a process (SIGBUS)."""
+    data_, usage = data.batches(rows_of(), 4, 0), cache.shutil.disk_usage
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda p: usage(p)._replace(free=4 * T * 194))
+    with pytest.raises(DelveError, match="need 0.00 GiB, 0.00 are free; make room"):
+        cache.make(tmp_path / "a", data_, 2, DENSE, frozen)
+    assert not list((tmp_path / "a").iterdir())
+    cache.make(tmp_path / "a", data_, 1, DENSE, frozen)
+
+
+def test_a_run_keeps_the_teacher_weights_that_it_began_with(frozen, tmp_path):
+    """Fitted once: a run that goes on with several processes would have taken even ones."""
+    teachers = list(zip(DENSE, frozen["teachers"], strict=True))
+    rows = lambda T, batch, shard, shards: data.batches(rows_of(4), batch, 0)  # noqa: E731
+    first = run._teacher_weights(DENSE, teachers, rows, T, tmp_path / "run")
+    assert first[0] != [0.5, 0.5] and first[1]["teacher_weights_from"] == "fit"
+    assert run._teacher_weights(DENSE, teachers, None, T, tmp_path / "run") == first
+
+
 def test_healing_from_a_cache_needs_no_teachers_in_its_step(params, frozen, tmp_path):
     """KL falls, and at step 0 is that of whole logits but for the samples' noise."""
     settings = run.Settings(tokens=12 * 4 * T, batch=4, window=T, lr=5e-3)

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -206,12 +207,17 @@ def test_a_prepared_mixture_brings_its_weights(place, tmp_path, monkeypatch):
 def test_bad_training_data_is_named(place, tmp_path):
     (tmp_path / "short.txt").write_text("hi")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "mixture.json").write_text('{"weights": {"a": 1, "b": 3}}')
+    for name in "ab":
+        shutil.copytree(place / name, tmp_path / "mixed" / name)
     for items, more, says in (
         ([], {}, "no training data"),
         (["no.txt"], {}, "no.txt: no such text file or token folder"),
         ([f"{place / 'a'}=much"], {}, "the weight 'much' is not a number"),
         ([f"{place / 'a'}=0.5", place / "b"], {}, f"{place / 'b'}: has no weight"),
         ([f"{place / 'a'}=-1"], {}, "weight -1.0 must be positive"),
+        ([f"{tmp_path / 'mixed'}=0", f"{place / 'a'}=1"], {}, "mixed/a: weight 0.0 must be posi"),
         ([place / "a", place / "a"], {}, "a: named twice"),
         ([tmp_path / "folder"], {}, "without manifest.json"),
         ([tmp_path / "short.txt"], {}, "short.txt: text has . tokens, a window needs 9"),

@@ -10,6 +10,7 @@ import pytest
 
 from delve_jax import config, models, parents, upcycle
 from delve_jax.config import DelveError
+from delve_jax.delphi.recipe import DELPHI as RECIPE
 from delve_jax.presets import DELPHI_WIDTHS, PRESETS, TIERS, preset
 
 PARENTS = {
@@ -103,6 +104,10 @@ def test_delphi_of_every_width():
         rows, H, L = 128256, width, cfg.n_layers
         assert models.count(cfg) == 2 * rows * H + L * (16 * H * H + 2 * H + 256) + H
         assert models.count(cfg) == DELPHI.get(width, models.count(cfg))
+    large = RECIPE.select(1e24).hidden  # what `delve delphi recipe --flops 1e24` says to train
+    assert large not in DELPHI_WIDTHS and preset(f"delphi-{large}").d_model == large
+    with pytest.raises(DelveError, match="delphi-500: the width must be a multiple of 128"):
+        preset("delphi-500")
 
 
 @pytest.mark.parametrize("name", ["mamba", "rwkv", "neox", "incite"])

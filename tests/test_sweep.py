@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from delve_jax import checkpoint, cli, data, evaluate, lm, road, sweep, upcycle
+from delve_jax.config import DelveError
 from delve_jax.delphi import points, recipe
 from delve_jax.metrics import read_metrics
 
@@ -80,9 +81,51 @@ def test_a_ladder(place, capsys):
     assert code == 0 and len(more["rows"]) == 3
     assert more["rows"][0]["loss"] != more["rows"][1]["loss"]
     # what all points have in common cannot change
-    for changed in (("--lr", 0.01), ("--data", place / "report.txt")):
+    for changed in (("--lr", 0.01), ("--data", place / "report.txt"), ("--tokenizer", "t.json")):
         code, _, err = delve(capsys, dst, "--flops", FLOPS[0], *toy, *changed)
         assert code == 2 and "name another DST" in err
+    code, _, err = delve(capsys, dst, "--flops", "4.001e8", *toy)  # whose name is C4e+08 too
+    assert code == 2 and "is the run of flops 400000000.0, not 400100000.0" in err
+
+
+def test_a_run_of_another_source_has_not_the_name_of_one_that_is_done(tmp_path):
+    """out/a/small and out/b/small, healed in two calls, would both be runs/small-32-s0."""
+    file = tmp_path / sweep.SCORE
+    job = sweep.Job("small-32-s0", None, {"flops": 1e9, "src": "out/b/small"})
+    assert not sweep._scored(file, job)
+    for before, said in (
+        ({"src": "out/b/small", "flops": 1e9}, None),
+        ({"flops": 1e9}, None),
+        ({"src": "out/a/small", "flops": 1e9}, "is the run of src out/a/small"),
+    ):
+        file.write_text(json.dumps(before))
+        if said is None:
+            assert sweep._scored(file, job)
+            continue
+        with pytest.raises(DelveError, match=said):
+            sweep._scored(file, job)
+
+
+def test_a_point_has_the_steps_and_flops_of_its_window(place):
+    """--window in the place of the recipe's rows: more steps, cheaper attention."""
+    rules = recipe.read(place / "toy.json")
+    args = (rules, [4e8], [16], [0])
+    own, short = (
+        sweep._candidates(*args, given, [place / "train.txt"], None, None)[0].facts
+        for given in ({}, {"window": 16})
+    )
+    assert short["steps"] == 2 * own["steps"] and short["tokens"] == own["tokens"]
+    per_token = 3 * recipe.Recipe(**TOY | {"seq_len": 16}).forward_flops(16)
+    assert short["train_flops"] == per_token * short["tokens"] < own["train_flops"]
+
+
+def test_the_mesh_decides_which_batches_fit(place, monkeypatch):
+    asked = []
+    make = sweep.parallel.make_mesh
+    monkeypatch.setattr(sweep.parallel, "make_mesh", lambda spec: asked.append(spec) or make(spec))
+    rules = recipe.read(place / "toy.json")
+    sweep._candidates(rules, [4e8], [16], [0], {}, [place / "train.txt"], None, "data=1")
+    assert asked == ["data=1"]
 
 
 def test_another_optimizer_takes_sizes_not_rates(place):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import delve_jax.evaluate as evaluate
-from delve_jax import cli, data, sandbox, tasks, upcycle
+from delve_jax import cli, data, look, sandbox, tasks, upcycle
 from delve_jax.config import DelveError
 from delve_jax.delphi import points
 
@@ -108,6 +108,25 @@ def test_shots_of_other_kinds(tmp_path):
     assert [e.shown() for e in examples] == ["Is it?\nno", "So a", "the end is near"]
 
 
+def test_a_joining_space_may_stand_with_the_continuation(tmp_path):
+    """Files of both habits give the same text; spaces that indent stay."""
+    rows = [{"context": "the end", "continuation": text} for text in ("is near", " is near")]
+    a, b = (tasks.evaluate_task(speaker()[0], write(tmp_path, [row])) for row in rows)
+    assert a == b and a["logprob"] == pytest.approx(ll_of(" is near"), rel=1e-6)
+    (example,) = tasks.read_task(write(tmp_path, [ADD]))
+    assert example.shown() == ADD["prompt"] + ADD["canonical_solution"]
+    one_line = ADD | {"prompt": "def add(a, b):", "canonical_solution": "  return a + b"}
+    (example,) = tasks.read_task(write(tmp_path, [one_line]))
+    assert example.shown() == "def add(a, b):  return a + b"
+
+
+def test_task_files_of_one_name_are_told_apart():
+    """`arc/test.jsonl piqa/test.jsonl`: neither replaces the other in the report."""
+    names = look._task_names(["a/test.jsonl", "b/test.jsonl", "a/piqa.jsonl"])
+    assert names == {"a/test.jsonl": "a/test.jsonl", "b/test.jsonl": "b/test.jsonl",
+                     "piqa": "a/piqa.jsonl"}  # fmt: skip
+
+
 # ---- numbers -------------------------------------------------------------------------------------
 
 
@@ -142,6 +161,15 @@ def test_exact_match(tmp_path, text, strict, flexible):
     assert seen == ["Question: How many?\nAnswer:"] and "acc" not in got
     want = -ll_of(" 600 twice\n#### 1200") / math.log(2) / len("600 twice\n#### 1200")
     assert got["bits_per_byte"] == pytest.approx(want, rel=1e-6)
+
+
+def test_a_long_question_is_read_as_far_as_the_context_reaches(tmp_path):
+    """As it is scored: eight worked examples have more than 1,024 tokens."""
+    path = write(tmp_path, [{"question": "q" * 3000, "answer": "#### 1"}])
+    for context, read in ((4096, 3018), (1024, 1023 - 256)):
+        model, seen = speaker(context=context)
+        tasks.evaluate_task(model, path)
+        assert [len(text) for text in seen] == [read]
 
 
 def test_a_model_that_only_scores_cannot_answer(tmp_path):
@@ -270,6 +298,14 @@ def test_both_backends_write_the_same(hf_models):
     assert all(a[: len(b)] == b and (len(b) == 20 or a[len(b)] == 2)
                for a, b in zip(ours, theirs, strict=True))  # fmt: skip
     assert any(len(b) == 20 for b in theirs)
+
+
+def test_transformers_rwkv_answers_in_a_batch_as_alone():
+    """It ignores the attention mask, and its cached step mixes the rows of a batch."""
+    pytest.importorskip("torch")
+    write_answers = evaluate.hf_scorer(upcycle.PROXIES / "rwkv").generate
+    prompts = [[5, 9, 2, 70, 300], [77]]
+    assert write_answers(prompts, 6) == [write_answers([prompt], 6)[0] for prompt in prompts]
 
 
 def test_an_answer_ends_with_the_text():

@@ -157,6 +157,11 @@ def test_split_and_limit(texts, small, tmp_path):
     first = documents[: made["documents"]]
     assert folder.read(0, folder.tokens).tolist() == stream_of(first, tok)
     assert 50_000 <= made["bytes"] < 50_000 + len(first[-1].encode())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DelveError, match="file/in: cannot be written"):
+        data.prepare(files, tmp_path / "file" / "in", tokenizer=tokenizer)
+    with pytest.raises(DelveError, match="--limit-bytes 0"):
+        data.prepare(files, tmp_path / "x", tokenizer=tokenizer, limit_bytes=0)
     with pytest.raises(DelveError, match="validation"):
         data.prepare(files, tmp_path / "x", tokenizer=tokenizer, split="validation")
     (tmp_path / "a.txt").write_text("a")  # its split is train

@@ -207,6 +207,8 @@ REFUSED = [
     (("--save-every", 0), "--save-every 0"),
     (("--warmup", -0.5), "--warmup -0.5"),
     (("--clip", 0), "--clip 0"),
+    (("--seed", -1), "--seed: -1: a seed is a whole number from 0"),
+    (("--seed", 2**32), "--seed: 4294967296"),
     (("--b2", 1.5), "--b2 1.5"),
     (("--adam-lr", -1, "--optimizer", "adamh"), "--adam-lr -1"),
     (("--tokenizer", "/nowhere/tokenizer.json"), "/nowhere/tokenizer.json"),

@@ -159,11 +159,17 @@ def common(
     """The parents with tables factored at `rank`, whose long factors are the same arrays.
 
     embed: {"v" common [V, r], "u" own [r, D]}; head: {"v" own [D, r], "u" common [r, V]}. Tied
-    tables are untied first. DelveError: a rank that is not in 1 .. sum of the widths.
+    tables are untied first. DelveError: a rank that is not in 1 .. sum of the widths, a parent in
+    pivot or int8 form.
     """
     width = sum(cfg.d_model for _, cfg, _ in parents)
     if not 1 <= rank <= width:
         raise DelveError(f"--codes {rank}: must lie in 1 .. {width}, the sum of the widths")
+    if odd := [(name, cfg.storage) for name, cfg, _ in parents if cfg.storage != "uv"]:
+        raise DelveError(
+            f"--codes: {odd[0][0]} is stored as {odd[0][1]}, common tables have the uv form alone; "
+            "`delve convert --storage uv` first, or fuse without --codes"
+        )
     parents = [(name, *untied(cfg, params)) for name, cfg, params in parents]
     known = [
         (InMemory(cfg, params), measure(cfg, params, tokens_NT, seed), tokens_NT)

@@ -151,7 +151,7 @@ def _plan(parent: str, body: list, choice: knapsack.Allocation, total: int, budg
     """The sizes of one parent's body."""
     sizes: dict[str, list[int]] = {}
     for (name, _), size in sorted(choice.sizes.items()):
-        owner, _, inner = name.partition(":")
+        owner, _, inner = name.rpartition(":")  # a parent's own name may hold one
         if owner == parent and inner:
             sizes.setdefault(inner, []).append(size)
     ranks = {m.name: tuple(sizes[m.name]) for m in body if min(sizes.get(m.name, [-1])) >= 0}

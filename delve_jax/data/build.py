@@ -59,13 +59,19 @@ def prepare(
         raise DelveError(f"split '{split}' is unknown; choose one of {', '.join(SPLITS)}")
     if not sources:
         raise DelveError("no text to prepare; name files or a data set (`delve data list`)")
+    if limit_bytes is not None and limit_bytes < 1:
+        raise DelveError(f"--limit-bytes {limit_bytes}: must be at least 1; leave it out for all")
     options = {"text_field": text_field, "split": split, "workers": workers}
     json_str, dst = read_tokenizer(tokenizer), Path(dst)
     if mixture := catalog.mixture_of(sources):
         return _prepare_mixture(*mixture, dst, json_str, options, limit_bytes, overwrite)
     found = [s for source in sources for s in catalog.resolve(source, text_field)]
     plan = _plan(found, json_str, split, limit_bytes)
-    if (partial := _claim(dst, plan, overwrite)) is None:
+    try:
+        partial = _claim(dst, plan, overwrite)
+    except OSError as err:
+        raise DelveError(f"{dst}: cannot be written ({err.strerror or err})") from None
+    if partial is None:
         return {"path": str(dst), "already": True, **read_json(dst / MANIFEST)}
     try:
         if not (partial / MANIFEST).exists():

@@ -273,8 +273,8 @@ def _items(items: Sequence[str | Path]) -> list[tuple[Path, float | None]]:
             raise DelveError(f"{path}: no such text file or token folder")
         if (path / MIXTURE).is_file():
             shares = read_json(path / MIXTURE)["weights"]
-            total = sum(shares.values())
-            out += [(path / part, (weight or 1.0) * w / total) for part, w in shares.items()]
+            total, weight = sum(shares.values()), 1.0 if weight is None else weight
+            out += [(path / part, weight * w / total) for part, w in shares.items()]
         elif path.is_dir() and not (path / MANIFEST).is_file():
             raise DelveError(f"{path}: is a folder without {MANIFEST}; `delve data prepare` it")
         else:

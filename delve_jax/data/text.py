@@ -142,8 +142,9 @@ def _between_separators(path: Path, file, _) -> Iterator[str]:
     start = position = 0
     for line in file:
         position += len(line)
-        if line.removesuffix(b"\n") == EOT.encode():
-            yield _decode(path, b"".join(lines).removesuffix(b"\n"), start)
+        if line.rstrip(b"\r\n") == EOT.encode():
+            end = b"\r\n" if line.endswith(b"\r\n") else b"\n"  # of a file from Windows
+            yield _decode(path, b"".join(lines).removesuffix(end), start)
             lines, start = [], position
         else:
             lines.append(line)

@@ -21,6 +21,7 @@ WINDOW = 0.8  # decades of tokens around the optimum that `vertices` looks at
 OUTSIDE = 0.1  # decades by which an optimum may lie beyond its runs
 FEWEST = 3  # runs of a budget, and budgets of a law
 SPARE = 8  # degrees of freedom that a shared term of `vertices` must leave
+MOST_COMPUTE = 1e6  # times a budget, that `extra_compute` looks at
 
 # ---- descent -------------------------------------------------------------------------------------
 
@@ -153,7 +154,7 @@ class Vertices:
         with np.errstate(invalid="ignore", divide="ignore"):
             # the root of p1 + 2 p2 d + 3 p3 d^2 that is the parabola's where p3 = 0
             d = -p1 / (p2 + np.sqrt(p2 * p2 - 3 * p3 * p1))
-        d = np.where(p2 + 3 * p3 * d > 0, d, np.nan)
+            d = np.where(p2 + 3 * p3 * d > 0, d, np.nan)
         return self.centre_K + d, p0 + d * (p1 + d * (p2 + d * p3))
 
 
@@ -350,12 +351,19 @@ def penalty_law(rows: list[dict], scale: float) -> tuple[float, float]:
 
 
 def extra_compute(law, gap: tuple[float, float], C: float) -> float:
-    """k with L(kC) + gap(kC) = L(C): what the distance from the optimum costs in compute."""
+    """k with L(kC) + gap(kC) = L(C): what the distance from the optimum costs in compute.
+
+    inf where not even MOST_COMPUTE times C makes up for it, as where the gap does not shrink.
+    """
     target = loss_at(law, C)
-    low, high = 0.0, 6.0  # log10 k
+
+    def above(k):  # log10 k
+        return loss_at(law, C * 10**k) + gap[0] * (C * 10**k) ** gap[1] > target
+
+    low, high = 0.0, np.log10(MOST_COMPUTE)
+    if above(high):
+        return float("inf")
     for _ in range(60):
         k = (low + high) / 2
-        here = C * 10**k
-        above = loss_at(law, here) + gap[0] * here ** gap[1] > target
-        low, high = (k, high) if above else (low, k)
+        low, high = (k, high) if above(k) else (low, k)
     return float(10 ** ((low + high) / 2))

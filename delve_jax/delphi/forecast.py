@@ -8,6 +8,7 @@ run; experiments/delphi.py has the methods that it was chosen from.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -141,10 +142,11 @@ def usable(runs: Points) -> Points:
     return runs
 
 
-def report(runs: Points, band: dict, whole: Points) -> dict:
+def report(runs: Points, band: dict, whole: Points, ahead: Sequence[float] = ()) -> dict:
     """All laws of `usable` runs as JSON values; band: their `interval` at any budgets.
 
-    whole: the runs of all budgets; L(N, D) needs no optima.
+    whole: the runs of all budgets; L(N, D) needs no optima. ahead: budgets that are forecast, for
+    the penalty's table.
     """
     found, law, laws = band["vertices"], band["law"], band["laws"]
     rows = fit.optima(runs)
@@ -167,7 +169,7 @@ def report(runs: Points, band: dict, whole: Points) -> dict:
         },
         "parabola_law": _named(published) | {"unit_flops": fit.UNIT},
         "parametric": _parametric(whole),
-        "penalty": _penalties(rows, published, runs),
+        "penalty": _penalties(rows, published, runs, ahead),
         "validation": {
             "rows": checks,
             "rms_error": float(np.sqrt(np.mean(errors**2))) if len(checks) else None,
@@ -209,19 +211,20 @@ def _parametric(runs: Points) -> dict | None:
     return out
 
 
-def _penalties(rows: list[dict], law, runs: Points) -> dict:
-    """Compute lost by training on more or fewer tokens than T*, at the top budget and beyond."""
+def _penalties(rows: list[dict], law, runs: Points, ahead: Sequence[float]) -> dict:
+    """Compute lost by training on more or fewer tokens than T*, at the top budget and at those
+    `ahead` that are larger; extra_compute None: no compute makes up for it."""
     top = float(rows[-1]["flops"])
     x = runs.T[runs.C == top] / rows[-1]["tokens"]
     out = []
     for scale in SCALES:
         gap = fit.penalty_law(rows, scale)
-        for C in (top, 1e21, 1e22, 1e23):
-            if C >= top:
-                out.append({
-                    "flops": C, "scale": scale, "gap": gap[0] * C ** gap[1],
-                    "gap_exponent": gap[1], "extra_compute": fit.extra_compute(law, gap, C),
-                })  # fmt: skip
+        for C in (top, *sorted({float(C) for C in ahead if C > top})):
+            k = fit.extra_compute(law, gap, C)
+            out.append({
+                "flops": C, "scale": scale, "gap": gap[0] * C ** gap[1],
+                "gap_exponent": gap[1], "extra_compute": k if math.isfinite(k) else None,
+            })  # fmt: skip
     return {
         "rows": out, "fitted_scales": [float(x.min()), float(x.max())],
         "note": "beyond the largest budget this is an extrapolation without a held-out check",
@@ -242,7 +245,7 @@ def forecast(
     whole = path if isinstance(path, Points) else points.read(path)
     runs = usable(whole)
     out = interval(runs, np.array(flops, float), samples)
-    found = report(runs, out, whole)
+    found = report(runs, out, whole, flops)
 
     def law(kind: str, C: float) -> float:
         return found[kind]["coefficient"] * C ** found[kind]["exponent"]

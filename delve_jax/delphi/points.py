@@ -138,6 +138,8 @@ def _columns(path, header, names, required) -> dict[str, int]:
     for key, accepted in names.items():
         for name in accepted:
             if name in given:
+                if given.count(name) > 1:
+                    raise DelveError(f"{path}: two columns are called {name}; rename one")
                 columns[key] = given.index(name)
                 break
     for key in required:

@@ -151,11 +151,14 @@ def _fit(r: dict) -> str:
             f"leaving the largest budgets out: {v['of']} forecasts, error rms {v['rms_error']:.2%},"
             f" at most {v['largest_error']:.2%}; {v['covered']} of {v['of']} inside their interval"
         )
-    for p in r["penalty"]["rows"]:
-        if p["scale"] == 10.0:
-            lines.append(f"10 x T* tokens at {p['flops']:g}: {p['gap']:.3f} nats, as "
-                         f"{p['extra_compute']:.1f} x the compute")  # fmt: skip
     low, high = r["penalty"]["fitted_scales"]
+    scales = sorted({p["scale"] for p in r["penalty"]["rows"] if p["scale"] > 1})
+    shown = max([s for s in scales if s <= high], default=scales[0])  # what runs say something of
+    for p in r["penalty"]["rows"]:
+        if p["scale"] == shown:
+            k = p["extra_compute"]
+            cost = "which no compute makes up for" if k is None else f"as {k:.1f} x the compute"
+            lines.append(f"{shown:g} x T* tokens at {p['flops']:g}: {p['gap']:.3f} nats, {cost}")
     lines.append(f"  (runs of the largest budget reach {low:.2g} to {high:.2g} x T*; "
                  f"{r['penalty']['note']})")  # fmt: skip
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -107,6 +108,7 @@ def make(
     folder.mkdir(parents=True, exist_ok=True)
     # a longer run takes over what a shorter one made: its steps are the first ones of this
     cache = Cache(folder, max(steps, known["steps"]), rows, T, id_dtype)
+    _check_room(cache, cache.steps - known["steps"])
     for name in ("ids", "counts", "entropy"):
         _grown(cache, name)
     pool = delve.plain_pool(map(str, range(len(teachers))), list(teachers))
@@ -141,11 +143,26 @@ def make(
     return cache
 
 
+def _check_room(cache: Cache, steps: int) -> None:
+    """DelveError where the disk has no room for `steps` more: a write to a mapped file that finds
+    none ends the process without a word."""
+    need = steps * cache.rows * cache.T * sum(_widths(cache).values())
+    if need > (free := shutil.disk_usage(cache.folder).free):
+        raise DelveError(
+            f"{cache.folder}: the teachers' answers need {need / 2**30:.2f} GiB, "
+            f"{free / 2**30:.2f} are free; make room, or name another --teacher-cache"
+        )
+
+
+def _widths(cache: Cache) -> dict[str, int]:
+    """Bytes a token of each file."""
+    return {"ids": np.dtype(cache.id_dtype).itemsize * SAMPLES, "counts": SAMPLES, "entropy": 2}
+
+
 def _grown(cache: Cache, name: str) -> None:
     """The file in the length of the cache; what it holds stays."""
     path = cache.folder / f"{name}.bin"
-    width = {"ids": np.dtype(cache.id_dtype).itemsize * SAMPLES, "counts": SAMPLES, "entropy": 2}
-    size = cache.steps * cache.rows * cache.T * width[name]
+    size = cache.steps * cache.rows * cache.T * _widths(cache)[name]
     with path.open("ab") as file:
         if file.tell() != size:
             file.truncate(size)

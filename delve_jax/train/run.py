@@ -21,13 +21,14 @@ import optax
 from jax.sharding import Mesh
 
 from .. import fuse, metrics, models, parallel
-from ..config import Config, DelveError
+from ..config import Config, DelveError, read_json
 from ..models import Compute
 from . import cache, objective, optim
 from .loop import Saving, fit, init_state, make_step
 from .objective import Terms
 
 FIT_WINDOWS = 32
+FITTED = "teachers.json"  # in the folder of a run under way: the weights that it teaches with
 LONGEST_WINDOW = 512  # tokens of a row unless asked for; the context where that is shorter
 
 
@@ -104,6 +105,7 @@ class Settings:
             ("--clip", self.clip, _none_or(self.clip, 0, math.inf), "be positive"),
             ("--joints-lr", self.joints_lr, 0 < self.joints_lr < math.inf, "be positive"),
             ("--warmup", self.warmup, share, f"lie in [0, 1], with --decay {self.decay} at most 1"),
+            ("--seed", self.seed, 0 <= self.seed < 2**32, "lie in [0, 2^32)"),
             ("--save-every", self.saving.every, self.saving.every >= 1, "be at least 1"),
             ("--keep-every", keep, keep is None or keep >= 1, "be at least 1"),
         ):
@@ -331,7 +333,7 @@ def heal(
             raise DelveError("--teachers: their vocabulary is not that of the model to heal")
         how_fitted = {"teacher_weights_from": "given"}
         if weights is None:
-            weights, how_fitted = _teacher_weights(configs, teachers, open_data, T)
+            weights, how_fitted = _teacher_weights(configs, teachers, open_data, T, Path(workdir))
         report = {"objective": terms.name, "terms": dataclasses.asdict(terms),
                   "teacher_weights": list(weights), **how_fitted}  # fmt: skip
         if any(weights) and not (terms.has("streams") or terms.has("hidden")):
@@ -362,14 +364,32 @@ def heal(
     return params, report | facts
 
 
-def _teacher_weights(configs, teachers, open_data, T) -> tuple[list[float], dict]:
-    """Weights of the teachers' pool, fitted on the first windows of the training text."""
+def _teacher_weights(configs, teachers, open_data, T, workdir) -> tuple[list[float], dict]:
+    """Weights of the teachers' pool, fitted on the first windows of the training text.
+
+    Those that a run began with stay its own (`workdir/FITTED`), whatever machine it goes on with.
+    """
+    record = workdir / FITTED
+    if known := parallel.on_main(lambda: read_json(record) if record.exists() else None):
+        return known["weights"], known["facts"]
     if jax.process_count() > 1:
         # the fit reads features on one host; over several the pool is even
-        return [1 / len(configs)] * len(configs), {"teacher_weights_from": "equal"}
-    windows = np.asarray(open_data(T, FIT_WINDOWS, 0, 1)[0])
-    _, fitted = fuse.fit_weights(list(configs), [p for _, p in teachers], windows)
-    return fitted["weights"], {"teacher_weights_from": "fit", "teacher_nll_fit": fitted["nll"]}
+        weights, facts = [1 / len(configs)] * len(configs), {"teacher_weights_from": "equal"}
+    else:
+        windows = np.asarray(open_data(T, FIT_WINDOWS, 0, 1)[0])
+        _, fitted = fuse.fit_weights(list(configs), [p for _, p in teachers], windows)
+        weights = [float(w) for w in fitted["weights"]]
+        facts = {"teacher_weights_from": "fit", "teacher_nll_fit": float(fitted["nll"])}
+    parallel.on_main(_record, record, {"weights": weights, "facts": facts})
+    return weights, facts
+
+
+def _record(file: Path, what: dict) -> None:
+    """Written aside and renamed: a file of this name is always whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    half = file.with_suffix(".writing")
+    half.write_text(json.dumps(what) + "\n")
+    half.replace(file)
 
 
 def pretrain(
