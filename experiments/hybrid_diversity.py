@@ -4,7 +4,7 @@ Command: python experiments/hybrid_diversity.py   (minutes; no training)
 Four dense proxies on the report split: KL between each pair, correlation of their per-token losses,
 and pools of them (even, fitted log-linear, fitted mixture), overall and by source of the text.
 Weights are fitted on 32,768 calibration tokens of the same source mix, so the pool can lose.
-Result: experiments/results/hybrid_diversity.json and README.
+Result: experiments/results/hybrid_diversity.json and docs/results.md.
 """
 
 import json

@@ -1,12 +1,12 @@
 """Do the parents of a DELVE lose less when they share token codes than with tables of their own?
 
-Command: python experiments/shared_tables.py   (about 4 minutes on 2 cores; --seeds N ... for fewer)
+Command: python experiments/shared_tables.py   (20 minutes of a busy core; --seeds N ... for fewer)
 The question E2 of the hybrid's design. Four proxies, bodies dense; only vocabulary tables are
 factored, all of them at one rank: each parent's own (ours, in the metric of its loss) against
 common codes for the four input tables and for the four heads (mamba's tied table is in both). Equal
 counted parameters. Nats per token above the dense parents, mean of the four, 32,768 report tokens;
 the choose split stands beside them in the results. Calibration: 65,536 tokens by seed.
-Result: see experiments/results/shared_tables.json and the README.
+Result: experiments/results/shared_tables.json and docs/results.md.
 """
 
 import argparse
