@@ -7,8 +7,8 @@ pictures from what is there. Calibration: 65,536 tokens of the calibrate split, 
 Scored: 128 fixed sequences of 256 tokens of the report split; only the ablation also scores, and
 decides by, the choose split. Intervals: 95 %, paired bootstrap over sequences, seeds averaged.
 rwkv-660k is nearly empty (layers 1 to 3 and every FFN add nothing): it tells methods apart only
-where the budget is tiny. Result (docs/results.md): ours is ahead of every method on the proxies at every
-ratio; the gap of SVD-LLM to the dense parent shrinks by 17 to 51 %.
+where the budget is tiny. Result (docs/results.md): ours is ahead of every method on the proxies at
+every ratio; the gap of SVD-LLM to the dense parent shrinks by 17 to 51 %.
 Cost: about an hour on 2 cores; asvd+strs, which searches by perplexity, takes a third of it.
 """
 

@@ -6,8 +6,8 @@ that hears all, J = 1, gate, half cross-entropy and half KL to the pool of the d
 learning rate is that of the quickstart for all cells; nothing was tuned per cell. Connectors: self
 has the same parameters as hub and cross and reads only its own stream, so that what it gains is
 adapter capacity. Cost: about six minutes of a core a cell and seed.
-Result: experiments/results/hybrid_parts.json and docs/results.md; the rule for defaults: a part that does
-not help at 95 % on three seeds is off by default.
+Result: experiments/results/hybrid_parts.json and docs/results.md; the rule for defaults: a part
+that does not help at 95 % on three seeds is off by default.
 """
 
 import argparse

@@ -362,7 +362,8 @@ def hybrid_parts() -> str:
     head = ("cell", "parameters", "seeds", "step 0", "healed", "minus base, 95 %")
     lines = [
         f"Nats per token on {r['scored_tokens']:,} report tokens, {r['healing_tokens']:,} healing "
-        "tokens each; one difference from `base` a cell:", "", *_table(head, rows),
+        "tokens each; one difference from `base` a cell. Means are of a cell's own seeds, "
+        "differences are paired:", "", *_table(head, rows),
     ]  # fmt: skip
     if "cross - self" in r["against_base"]:
         lines += ["", "Cross minus self connectors (the same parameters; self hears only its own "
