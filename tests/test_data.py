@@ -111,9 +111,14 @@ def test_bad_files_are_named(tmp_path, name, content, says):
 
 
 def split_documents(text):
-    """The rule in one regular expression: pieces between lines that are `<|endoftext|>`."""
-    first, *rest = re.split(r"(?:\A|\n)<\|endoftext\|>(?=\n|\Z)", text)
-    return [d for d in (first, *(piece.removeprefix("\n") for piece in rest)) if d]
+    """The rule in one regular expression: pieces between lines that are `<|endoftext|>`.
+
+    Where such a line ends in CRLF, so does the line before it.
+    """
+    parts = re.split(r"(?:\A|\n)<\|endoftext\|>((?:\r(?=\n))?)(?=\n|\Z)", text)
+    ends = [*parts[1::2], ""]
+    pieces = [d if i == 0 else d.removeprefix("\n") for i, d in enumerate(parts[0::2])]
+    return [d for d in (p.removesuffix(end) for p, end in zip(pieces, ends, strict=True)) if d]
 
 
 def test_streamed_documents_follow_the_rule(tmp_path):

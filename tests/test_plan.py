@@ -239,6 +239,8 @@ def test_tokens_need_not_be_given(capsys):
 
 def test_every_preset_is_planned_at_once():
     for name in presets.PRESETS:
+        if name in presets.TIERS:  # tests/test_tiers.py plans those, against what was recorded
+            continue
         out = plan.plan(name, SOME, mesh="data=8", no_compile=True)
         parts = out["bytes_per_device"]
         # an eighth of float32 weights; small vectors and what 8 does not divide stay whole

@@ -20,7 +20,7 @@ def split():
     _, tok = parents.peek(upcycle.PROXIES / "neox")
     tokenizer, documents = data.load_tokenizer(tok, 3840), data.stdlib_documents()
     out = {}
-    for role, count in (("calibrate", 72), ("report", 80)):
+    for role, count in (("calibrate", 48), ("report", 48)):
         ids = data.encode_documents(tokenizer, data.split(documents, role))
         # spread over all documents: the first windows would be one or two files, and moments and
         # weights fitted on those do not carry over

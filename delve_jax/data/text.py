@@ -138,13 +138,15 @@ def stream(path: str | Path, fields: Sequence[str] = ("text",)) -> Iterator[tupl
 
 def _between_separators(path: Path, file, _) -> Iterator[str]:
     """The pieces between separator lines; each without the newline that a separator follows."""
-    lines: list[bytes] = []
+    mark, lines = EOT.encode(), []
     start = position = 0
     for line in file:
         position += len(line)
-        if line.rstrip(b"\r\n") == EOT.encode():
-            end = b"\r\n" if line.endswith(b"\r\n") else b"\n"  # of a file from Windows
-            yield _decode(path, b"".join(lines).removesuffix(end), start)
+        if line in (mark, mark + b"\n", mark + b"\r\n"):
+            document = b"".join(lines).removesuffix(b"\n")
+            if line.endswith(b"\r\n"):  # of a file from Windows
+                document = document.removesuffix(b"\r")
+            yield _decode(path, document, start)
             lines, start = [], position
         else:
             lines.append(line)
