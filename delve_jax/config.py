@@ -224,3 +224,11 @@ def read_json(path: str | Path) -> dict:
     if not isinstance(data, dict):
         raise DelveError(f"{path}: a JSON object is expected")
     return data
+
+
+def write_json(path: str | Path, value: dict, indent: int | None = None) -> None:
+    """The JSON of `value`, written aside and renamed: a file of this name is always whole."""
+    path = Path(path)
+    half = path.with_name(path.name + ".writing")
+    half.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
+    half.replace(path)

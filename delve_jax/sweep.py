@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import data, evaluate, lm, metrics, models, parallel, parents, presets, road, training
-from .config import Config, DelveError, read_json
+from .config import Config, DelveError, read_json, write_json
 from .delphi import recipe as recipes
 from .delphi.recipe import Candidate, Recipe
 from .parents.stock import dense_parents
@@ -231,9 +231,7 @@ def _score(folder: Path, job: Job, documents: list[str]) -> None:
         "loss": found["nll_per_token"], "bits_per_byte": found["bits_per_byte"],
         "train_loss": log[-1]["loss"], "run": job.name,
     }  # fmt: skip
-    half = folder / (SCORE + ".writing")
-    half.write_text(json.dumps(row))
-    half.replace(folder / SCORE)
+    write_json(folder / SCORE, row)
 
 
 def gather(dst: str | Path) -> list[dict]:

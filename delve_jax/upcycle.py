@@ -35,7 +35,7 @@ from . import evaluate as evaluation
 from .compress import codes, joint
 from .compress.allocate import smallest
 from .compress.spectra import InMemory
-from .config import DelveError, read_json
+from .config import DelveError, read_json, write_json
 from .metrics import versions
 from .parents.export import check_blocks
 from .train.loop import Saving
@@ -316,11 +316,9 @@ def _rows_file(work: Path, rows: dict | None = None) -> dict:
     """Scores so far, kept beside the work so that a repeated command does not score again."""
     path = work / "rows.json"
     if rows is not None:
-        half = path.with_suffix(".writing")
-        half.write_text(json.dumps(rows))
-        half.replace(path)
+        write_json(path, rows)
         return rows
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def _copy(src: Path, dst: Path) -> None:

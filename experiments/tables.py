@@ -395,26 +395,6 @@ def _scores(rows: list[dict]) -> tuple[str, str, str]:
     return f"{_mean(rows, 'parameters'):,.0f}", f"{len(rows)}", f"{_mean(rows, 'report'):.4f}"
 
 
-def hybrid_tasks() -> str:
-    """BLiMP, LAMBADA and bits per byte."""
-    r = json.loads((RESULTS / "hybrid_tasks.json").read_text())
-    cells, rows = _cells(r["rows"]), []
-    for name, mine in sorted(cells.items(), key=lambda x: -_mean(x[1], "blimp_corrected")):
-        bits = [sum(x["bits_per_byte"].values()) / len(x["bits_per_byte"]) for x in mine]
-        rows.append((name, f"{_mean(mine, 'parameters'):,.0f}", f"{len(mine)}",
-                     f"{100 * _mean(mine, 'blimp_corrected'):.1f}",
-                     f"{100 * _mean(mine, 'lambada'):.1f}",
-                     f"{_mean(mine, 'lambada_nats_per_token'):.3f}",
-                     f"{sum(bits) / len(bits):.4f}"))  # fmt: skip
-    names = list(next(iter(cells.values()))[0]["blimp_each"])
-    head = ("model", "parameters", "seeds", "BLiMP, % above chance", "LAMBADA, %",
-            "LAMBADA, nats per token", "bits per byte, mean of the sources")  # fmt: skip
-    return "\n".join([
-        f"BLiMP: {len(names)} paradigms, the first {r['pairs']} pairs of each, 0 is chance; "
-        f"LAMBADA: {r['lambada_lines']} lines:", "", *_table(head, rows),
-    ])  # fmt: skip
-
-
 BLOCKS = (
     quickstart, proxies, interruption, sharding, training, optimisers, compression, shared_tables,
     refinement, generation, compress_memory, hybrid_diversity, hybrid_curve, hybrid_parts, delphi,

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import models
-from ..config import DelveError, read_json, to_json
+from ..config import DelveError, read_json, to_json, write_json
 from ..metrics import progress
 from ..models import Compute, delve
 from .objective import segments
@@ -138,7 +138,7 @@ def make(
                 if (step + 1) % 50 == 0 or step + 1 == steps:
                     for array in arrays.values():
                         array.flush()
-                    _write(record, facts | {"steps": step + 1})
+                    write_json(record, facts | {"steps": step + 1})
                 bar.update(1)
     return cache
 
@@ -166,9 +166,3 @@ def _grown(cache: Cache, name: str) -> None:
     with path.open("ab") as file:
         if file.tell() != size:
             file.truncate(size)
-
-
-def _write(record: Path, facts: dict) -> None:
-    half = record.with_suffix(".writing")
-    half.write_text(json.dumps(facts, indent=1) + "\n")
-    half.replace(record)

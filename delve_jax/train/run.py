@@ -21,7 +21,7 @@ import optax
 from jax.sharding import Mesh
 
 from .. import fuse, metrics, models, parallel
-from ..config import Config, DelveError, read_json
+from ..config import Config, DelveError, read_json, write_json
 from ..models import Compute
 from . import cache, objective, optim
 from .loop import Saving, fit, init_state, make_step
@@ -385,11 +385,8 @@ def _teacher_weights(configs, teachers, open_data, T, workdir) -> tuple[list[flo
 
 
 def _record(file: Path, what: dict) -> None:
-    """Written aside and renamed: a file of this name is always whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    half = file.with_suffix(".writing")
-    half.write_text(json.dumps(what) + "\n")
-    half.replace(file)
+    write_json(file, what)
 
 
 def pretrain(
