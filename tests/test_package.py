@@ -7,6 +7,7 @@ sees the installed dependencies through a .pth file, but not the editable instal
 
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -87,7 +88,11 @@ def test_wheel_runs_in_an_empty_environment(built, tmp_path):
     )
 
     def run(*command):
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        # a PYTHONPATH of the caller's would come before what is installed
+        rest = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, check=False, env=rest
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
