@@ -288,7 +288,7 @@ def load_tokenizer(src: str | Path) -> str | None:
 
 
 def restore(src: str | Path, mesh=None, dtype: str | None = None) -> tuple[Config, dict]:
-    """(cfg, params) on `mesh` (None: the first device), cast to `dtype` unless None.
+    """(cfg, params) on `mesh` (None: the first device), `models.cast` to `dtype` unless None.
 
     Of a run under way, the parameters of its newest sound state, or of the state named.
     DelveError: no checkpoint, damaged files, or arrays that are not those of the config.

@@ -12,6 +12,8 @@ import os
 import sys
 from pathlib import Path
 
+from .train import flags
+
 EXAMPLES = {
     "upcycle": "delve upcycle --keep 0.5 --out out/quickstart",
     "convert": "delve convert EleutherAI/pythia-410m-deduped@main out/pythia",
@@ -39,14 +41,12 @@ EXAMPLES = {
 # settings that a sweep's runs can be given in the place of the recipe's
 GIVEN = {"optimizer": str, "lr": float, "adam_lr": float, "weight_decay": float, "batch": int,
          "window": int, "schedule": str, "compute": str, "remat": str}  # fmt: skip
+# verbs that write and know nothing of other processes
+ONE_PROCESS = {"upcycle", "convert", "compress", "fuse", "export", "data prepare", "delphi sweep"}
 METHOD_HELP = "delve, svd-llm+allocation, svd-llm, asvd or svd"
 SRC = "Hugging Face directory, hub id (id@revision), RWKV .pth or checkpoint"
 DST = "directory to make; DST.partial until it is whole"
-OF_TEXT, EVERY, SEED = (
-    "tokens of --calibrate",
-    "steps between saved states (200)",
-    "of all draws (0)",
-)
+OF_TEXT = "tokens of --calibrate"
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,13 +54,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
-
-
-def _seed(text: str) -> int:
-    """A seed that every generator here takes."""
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text}: a seed is a whole number from 0 to 2^32 - 1")
-    return int(text)
 
 
 def parser() -> Parser:
@@ -95,9 +88,9 @@ def parser() -> Parser:
                    help="1: log-linear pool; 0: mixture, one latent per parent")  # fmt: skip
     p.add_argument("--batch", type=int, default=8, help="rows of a step of healing (8)")
     p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of healing")
-    p.add_argument("--save-every", type=int, default=200, metavar="STEPS", help=EVERY)
+    p.add_argument("--save-every", type=int, default=200, metavar="STEPS", help=flags.EVERY)
     p.add_argument("--mesh", help='devices, as "data=4,model=2"; default: all on data')
-    p.add_argument("--seed", type=_seed, default=0, help=SEED)
+    p.add_argument("--seed", type=flags.seed, default=0, help=flags.SEED)
     p.add_argument("--out", default="out/delve", metavar="DIR", help="for all results (out/delve)")
 
     p = verb("convert", "any source to a checkpoint directory", writes=True)
@@ -119,7 +112,7 @@ def parser() -> Parser:
     p.add_argument("--refine-written", type=int, default=4, metavar="X",
                    help="and on X N tokens that the parent writes itself (4)")  # fmt: skip
     p.add_argument("--storage", default="uv", help="uv, pivot (fewer numbers), int8 (fewer bytes)")
-    p.add_argument("--seed", type=_seed, default=0, help=SEED)
+    p.add_argument("--seed", type=flags.seed, default=0, help=flags.SEED)
 
     p = verb("fuse", "pool compressed or dense parents into one DELVE", writes=True)
     p.add_argument("sources", nargs="+", metavar="SRC", help=SRC), p.add_argument("dst", help=DST)
@@ -128,7 +121,7 @@ def parser() -> Parser:
     p.add_argument("--calibrate-tokens", type=int, default=32768, help=OF_TEXT)
     p.add_argument("--latents", type=int, default=1, metavar="J", help="1: log-linear pool; 0: "
                    "mixture, one latent per parent; between: a mixture of J pools")  # fmt: skip
-    p.add_argument("--connectors", default="hub", metavar="KIND",
+    p.add_argument("--connectors", default="none", metavar="KIND",
                    help="what a stream hears of the others: hub, cross, self or none")  # fmt: skip
     p.add_argument("--hub-rank", type=int, help="of the hub's maps; default: width / 16")
     p.add_argument("--ffn-skip", type=float, default=0.0, metavar="WEIGHT",
@@ -137,40 +130,23 @@ def parser() -> Parser:
                    help="its maps start as the best guess of what was lost")  # fmt: skip
     p.add_argument("--codes", type=int, metavar="R",
                    help="rank of tables that streams share (default: each its own)")  # fmt: skip
-    p.add_argument("--seed", type=_seed, default=0, help=SEED)
+    p.add_argument("--seed", type=flags.seed, default=0, help=flags.SEED)
 
     p = verb("heal", "train towards the dense parents' pool", writes=True)
     p.add_argument("src", help=SRC), p.add_argument("dst", help=DST)
     p.add_argument("--teachers", nargs="+", metavar="SRC", help="default: those in the config")
-    p.add_argument("--objective", default="ce+kl", choices=("ce", "ce+kl"),
-                   help="ce: of the text alone, without teachers")  # fmt: skip
-    p.add_argument("--kl-weight", default="0.5", metavar="W[:W2]",
-                   help="KL to the parents' pool; the rest is cross-entropy; W:W2 from first to "
-                   "last step")  # fmt: skip
-    p.add_argument("--stream-kl", default="0", metavar="W[:W2]",
-                   help="of a DELVE: KL of each stream to its own parent")  # fmt: skip
-    p.add_argument("--hidden-match", default="0", metavar="W[:W2]",
-                   help="of a DELVE: streams to their parents' between superblocks")  # fmt: skip
-    p.add_argument("--stream-drop", type=float, default=0.0, metavar="P",
-                   help="chance that a sequence does without a stream")  # fmt: skip
-    p.add_argument("--rank-drop", type=float, default=1.0, metavar="SHARE",
-                   help="train for --keep at loading: least share of all ranks")  # fmt: skip
-    p.add_argument("--ffn-share", type=float, default=1.0, metavar="SHARE",
-                   help="of a DELVE with routers: tokens that run their FFNs")  # fmt: skip
-    p.add_argument("--train", default="all", choices=("all", "experts", "joints"), dest="trains",
-                   help="of a DELVE: joints are hub, gate and pool")  # fmt: skip
-    p.add_argument("--joints-lr", type=float, default=1.0, metavar="X", help="times the rate")
+    flags.objective(p)
     p.add_argument("--teacher-cache", metavar="DIR",
                    help="samples of what the teachers say, made before training")  # fmt: skip
     p.add_argument("--stages", metavar="FILE.json",
                    help="instead: stages in turn (`hybrid`: built in)")  # fmt: skip
-    _run_flags(p)
+    flags.run(p)
 
     p = verb("train", "train a preset of any family from random weights", writes=True)
     p.add_argument("preset", help="a name of `delve plan --list`")
     p.add_argument("dst", help=DST)
     p.add_argument("--tokenizer", metavar="SRC", help="tokenizer.json or a source that has one")
-    _run_flags(p)
+    flags.run(p)
 
     p = verb("plan", "what a run will need, before anything is allocated")
     p.add_argument("target", nargs="?", metavar="PRESET|SRC", help="what is to be trained")
@@ -181,7 +157,7 @@ def parser() -> Parser:
         "--device", default="h200", help="whose peak rate: h200, h100, a100, v4, v5e, v5p, v6e"
     )
     p.add_argument("--no-compile", action="store_true", help="leave the activations out")
-    _run_flags(p, plan=True)
+    flags.run(p, plan=True)
 
     data = verbs.add_parser("data", help="text to token files; the named datasets",
                             epilog=f"example: {EXAMPLES['data']}")  # fmt: skip
@@ -239,7 +215,7 @@ def parser() -> Parser:
     p.add_argument("--top-k", type=int, default=0, metavar="K", help="among the K likeliest ids")
     p.add_argument("--top-p", type=float, default=1.0, metavar="P",
                    help="among the fewest ids that hold the share P")  # fmt: skip
-    p.add_argument("--seed", type=_seed, default=0, help=SEED)
+    p.add_argument("--seed", type=flags.seed, default=0, help=flags.SEED)
     _part_flags(p)
 
     p = verb("inspect", "a DELVE on a text: streams, gate, hub, where it gains; JSON and a picture")
@@ -262,53 +238,6 @@ def _part_flags(p: argparse.ArgumentParser) -> None:
                    help="fewer ranks: this share of the dense parents' parameters")  # fmt: skip
     p.add_argument("--streams", type=lambda text: text.split(","), default=[], metavar="A,B",
                    help="of a DELVE, only these streams")  # fmt: skip
-
-
-def _track_flag(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--track", nargs="+", default=[], choices=("tensorboard", "wandb"),
-                   help="show the metrics there too; wandb obeys WANDB_MODE")  # fmt: skip
-
-
-def _run_flags(p: argparse.ArgumentParser, plan: bool = False) -> None:
-    """The flags of `Settings`, for heal, train and (in part required) plan."""
-    if not plan:
-        p.add_argument("--data", nargs="+", required=True, metavar="TEXT[=WEIGHT]",
-                       help="text files or token folders")  # fmt: skip
-        p.add_argument("--save-every", type=int, default=200, metavar="STEPS", help=EVERY)
-        p.add_argument("--save-minutes", type=float, default=10.0, help="or after so long (10)")
-        p.add_argument("--keep-every", type=int, metavar="STEPS",
-                       help="states that stay for good; else the last two")  # fmt: skip
-        p.add_argument("--distributed", metavar="HOST:PORT,N,I",
-                       help="process I of N; default: found (TPU VM, Slurm, MPI)")  # fmt: skip
-        _track_flag(p)
-    p.add_argument("--tokens", type=int, required=not plan, metavar="N", help="to train on")
-    p.add_argument("--batch", type=int, default=8, help="rows of a step, over all devices")
-    p.add_argument("--accumulate", type=int, default=1, help="microbatches of a step")
-    p.add_argument("--window", type=int, help="tokens per row; default: context, at most 512")
-    p.add_argument("--optimizer", default="adamw", choices=("adamw", "adamh"),
-                   help="adamh: Delphi's, matrices turn and keep their norm")  # fmt: skip
-    p.add_argument("--lr", type=float, help="peak; default 1e-3 (adamw), 1e-2 (adamh)")
-    p.add_argument("--adam-lr", type=float, help="adamh: of all but matrices; default lr / 10")
-    p.add_argument("--weight-decay", type=float, default=0.01, help="adamw")
-    p.add_argument("--schedule", default="wsd", choices=("wsd", "cosine", "linear"),
-                   help="of the rate; wsd: warmup, stable, decay")  # fmt: skip
-    p.add_argument("--warmup", type=float, default=0.1, help="share of the steps")
-    p.add_argument("--decay", type=float, default=0.2, help="share of the steps (wsd)")
-    for flag, what in (("--b2", "decay of the second moment"), ("--eps", "added to its root"),
-                       ("--clip", "largest norm of the gradient")):  # fmt: skip
-        p.add_argument(flag, type=float, metavar="X", help=f"{what}; default: the optimizer's")
-    p.add_argument("--z-loss", type=float, default=0.0, metavar="W",
-                   help="weight of the squared log-normaliser")  # fmt: skip
-    p.add_argument("--compute", default="float32", choices=("float32", "bfloat16", "float64"),
-                   help="dtype of activations and products; weights: float32")  # fmt: skip
-    p.add_argument("--remat", default="auto", choices=("auto", "none", "layer", "dots"),
-                   help="what the backward pass computes again")  # fmt: skip
-    p.add_argument("--mesh", help='as "replica=2,data=4,model=2"; default: all devices on data')
-    p.add_argument("--shard-sequence", action="store_true",
-                   help="split T between layers over model=")  # fmt: skip
-    p.add_argument("--across-documents", action="store_true",
-                   help="let documents in a row see each other")  # fmt: skip
-    p.add_argument("--seed", type=_seed, default=0, help=SEED)
 
 
 def _delphi_flags(verbs) -> None:
@@ -354,8 +283,9 @@ def _delphi_flags(verbs) -> None:
                    help="text files or token folders")  # fmt: skip
     p.add_argument("--report-text", nargs="+", required=True, metavar="TEXT",
                    help="held-back text: the loss of a point")  # fmt: skip
-    _track_flag(p)
-    p.add_argument("--seeds", type=_seed, nargs="+", default=[0], metavar="N", help="one run each")
+    flags.track(p)
+    p.add_argument("--seeds", type=flags.seed, nargs="+", default=[0], metavar="N",
+                   help="one run each")  # fmt: skip
     p.add_argument("--mesh", help='as "replica=2,data=4,model=2"; default: all devices on data')
     for flag, kind in GIVEN.items():
         p.add_argument("--" + flag.replace("_", "-"), type=kind, help="instead of the recipe's")
@@ -365,51 +295,14 @@ def _delphi_flags(verbs) -> None:
     p.add_argument("--floor", type=float, help="chance level; default: fitted")
 
 
-def _settings(kw: dict):
-    """Settings from the parsed flags, which are taken out of `kw`."""
-    from dataclasses import fields
-
-    from .train.loop import Saving
-    from .train.run import Settings
-
-    saving = Saving()
-    if "save_every" in kw:
-        saving = Saving(every=kw.pop("save_every"), minutes=kw.pop("save_minutes"),
-                        keep_every=kw.pop("keep_every"), track=tuple(kw.pop("track")))  # fmt: skip
-    names = {f.name for f in fields(Settings)} & set(kw)
-    return Settings(**{n: kw.pop(n) for n in names}, saving=saving)
-
-
-def _terms(kw: dict):
-    """The objective from the parsed flags, which are taken out of `kw`."""
-    from .config import DelveError
-    from .train.objective import Terms, ends
-
-    def weight(flag: str):
-        text = kw.pop(flag)
-        try:
-            numbers = [float(part) for part in text.split(":")]
-        except ValueError:
-            numbers = []
-        if len(numbers) not in (1, 2):
-            raise DelveError(
-                f"--{flag.replace('_', '-')} {text}: expected a number, or two as 1:0.5"
-            )
-        return numbers[0] if len(numbers) == 1 else tuple(numbers)
-
-    kl, streams, hidden = map(weight, ("kl_weight", "stream_kl", "hidden_match"))
-    if not all(0 <= w <= 1 for w in ends(kl)):
-        raise DelveError(f"--kl-weight {kl}: must lie in [0, 1]")
-    drops = {name: kw.pop(name) for name in ("stream_drop", "rank_drop", "ffn_share")}
-    if kw.pop("objective") == "ce":
-        return Terms(ce=1.0, kl=0.0, **drops)
-    ce = 1 - kl if isinstance(kl, float) else tuple(1 - w for w in kl)
-    return Terms(ce=ce, kl=kl, streams=streams, hidden=hidden, **drops)
-
-
 def run(args: argparse.Namespace) -> dict:
     """Call the verb with its flags."""
     kw = {k: v for k, v in vars(args).items() if k not in ("verb", "json", "src", "dst")}
+    verb = f"{args.verb} {args.action}" if "action" in kw else args.verb
+    if verb in ONE_PROCESS:
+        from . import parallel
+
+        parallel.one_process(f"delve {verb}")
     if args.verb == "delphi" and args.action == "sweep":
         from .sweep import sweep
 
@@ -435,16 +328,18 @@ def run(args: argparse.Namespace) -> dict:
 
             kw["text"] = kw.pop("data")
             if args.verb == "heal":
-                kw["terms"] = _terms(kw)
+                if kw["stages"]:
+                    training.beside_stages(flags.OBJECTIVE & kw.keys())
+                kw["terms"] = flags.terms(kw)
             first = args.src if args.verb == "heal" else kw.pop("preset")
-            return getattr(training, args.verb)(first, args.dst, _settings(kw), **kw)
+            return getattr(training, args.verb)(first, args.dst, flags.settings(kw), **kw)
         case "plan":
             from . import plan
 
             if kw.pop("list"):
                 return plan.listing()
             kw["tokens"] = kw["tokens"] or 0
-            return plan.plan(kw.pop("target"), _settings(kw), **kw)
+            return plan.plan(kw.pop("target"), flags.settings(kw), **kw)
         case "data":
             from . import data
 

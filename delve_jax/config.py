@@ -126,7 +126,7 @@ class DelveConfig:
     streams: tuple[tuple[str, ParentConfig], ...]
     n_superblocks: int  # S; the hub acts before each but the first
     latents: int = 1  # J: 1 = log-linear pool, K = probability mixture, between: J pools mixed
-    connectors: str = "hub"  # what a stream hears at the hub: all, "cross" others, "self", "none"
+    connectors: str = "none"  # what a stream hears: "none", "hub" all, "cross" others, "self"
     hub_rank: int = 8
     gate_proj: int = 32
     gate_hidden: int = 64

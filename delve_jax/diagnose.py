@@ -33,8 +33,8 @@ from . import evaluate as evaluation
 from .config import DelveConfig, DelveError
 from .look import texts_of
 from .models import delve
-from .parents import load as load_source
 from .report import inspection_picture
+from .road import load_teacher
 
 ALARM = 0.5  # hub update over the stream that it is added to (hybrid.md, section 5)
 TYPES = ("word start", "word continuation", "space", "digit", "symbol", "other")
@@ -100,7 +100,8 @@ def inspect(
     nll_BTM, more_BTX = _run(evaluation.Scorer(score, cfg.vocab_size, T), rows, batch, "hybrid")
     pooled_BT = nll_BTM[..., 0]
     streams = {name: nll_BTM[..., 1 + k] for k, name in enumerate(cfg.names)}
-    dense, missing = _parents(cfg, parents, rows)
+    text_of = getattr(model.tokenizer, "to_str", None)  # raw bytes have none
+    dense, missing = _parents(cfg, text_of and text_of(), parents, rows)
     rivals = streams if missing or not dense else dense
 
     def scores(nll_BT) -> dict:
@@ -142,14 +143,14 @@ def inspect(
     return report | {"path": str(out)}
 
 
-def _parents(cfg: DelveConfig, asked: Sequence[str] | None, rows):
+def _parents(cfg: DelveConfig, tokenizer: str | None, asked: Sequence[str] | None, rows):
     """({name: nll_BT of the dense parent}, {name: why it cannot be read}); one in memory a time."""
     sources = list(map(str, cfg.teachers if asked is None else asked))
     names = cfg.names if len(sources) == len(cfg.names) else sources
     dense, missing = {}, {}
     for name, source in zip(names, sources, strict=True):
         try:
-            sub, params, _ = load_source(source, dtype="float32")
+            sub, params = load_teacher(source, tokenizer, recorded=asked is None)
             if sub.vocab_size != cfg.vocab_size:
                 raise DelveError(f"{source}: has {sub.vocab_size} ids, the DELVE {cfg.vocab_size}")
         except DelveError as err:

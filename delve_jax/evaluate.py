@@ -7,6 +7,7 @@ windows, the tokenizer and the arithmetic (`tasks` builds on it). Shapes: tokens
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -47,7 +48,7 @@ class Scorer:
     vocab_size: int  # V: valid ids
     context_length: int
     tokenizer: Any = None
-    parameters: int = 0
+    parameters: int = 0  # at valid vocabulary rows
     parameter_bytes: int = 0  # as stored, not as held in memory
     generate: Callable | None = None  # (lists of ids, n) -> lists of n new ids at most, greedy
 
@@ -58,7 +59,7 @@ def as_scorer(model) -> Scorer:
         return model
     if hasattr(model, "params"):
         cfg, score = model.config, functools.partial(_jitted(model.config), model.params)
-        size = models.count(cfg), parameter_bytes(cfg)
+        size = valid_count(cfg), parameter_bytes(cfg)
         write = functools.partial(_greedy, model) if hasattr(model, "generate") else None
         return Scorer(score, cfg.vocab_size, cfg.context_length, model.tokenizer, *size, write)
     vocab_size = jax.eval_shape(model, jax.ShapeDtypeStruct((1, 1), jnp.int32)).shape[-1]
@@ -89,6 +90,13 @@ def _greedy(model, prompts: Sequence[Sequence[int]], n: int) -> list[list[int]]:
     ends = [] if end is None else [end]
     out_BT = np.asarray(model.generate(tokens_BT, n, mask_BT, stop=ends))
     return ended(out_BT[:, tokens_BT.shape[1] :], ends)
+
+
+def valid_count(cfg: Config) -> int:
+    """Parameters as every verb counts them: padding rows of the vocabulary's tables are none."""
+    if cfg.family != "delve":
+        cfg = dataclasses.replace(cfg, vocab_rows=cfg.vocab_size)
+    return models.count(cfg)
 
 
 def parameter_bytes(cfg: Config) -> int:
@@ -313,13 +321,17 @@ def hf_scorer(model_dir: str | Path, trust_remote_code: bool = False) -> Scorer:
 
     # stored once each: tied tables share their memory, and a DELVE's frozen gains are buffers
     sizes = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}
-    parameters = sum(sizes.values())
+    stored, rows = sum(sizes.values()), config.get("vocab_size")
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = [end.weight for end in ends if hasattr(end, "weight")]  # a DELVE's has none
+    tables = {t.data_ptr(): t for t in tables if len(t) == rows}  # tied: once
+    parameters = stored - sum((rows - vocab_size) * t.shape[1] for t in tables.values())
     itemsize = jnp.dtype(config.get("dtype") or config.get("torch_dtype") or "float32").itemsize
     names = ("max_position_embeddings", "context_length", "n_positions")
     # stock Mamba names none: what `parents.mamba` takes it to be, so that both backends cut alike
     least = 2048 if config.get("model_type") == "mamba" else WINDOW
     context = next((config[name] for name in names if config.get(name)), least)
-    return Scorer(score, vocab_size, context, tok, parameters, parameters * itemsize, write)
+    return Scorer(score, vocab_size, context, tok, parameters, stored * itemsize, write)
 
 
 def evaluate_hf(

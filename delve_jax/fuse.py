@@ -31,7 +31,7 @@ def joint_config(
     hub_rank: int | None = None,
     teachers: tuple[str, ...] = (),
     codes: tuple[str, ...] = (),
-    connectors: str = "hub",
+    connectors: str = "none",
     ffn_skip: float = 0.0,
 ) -> DelveConfig:
     """The DELVE of these parents: superblocks by their depths, hub rank d/16 unless given."""
@@ -50,7 +50,7 @@ def joint_config(
         raise DelveError(f"--ffn-skip {ffn_skip}: must lie in [0, 1); all weigh 1 at first")
     S = delve.choose_superblocks([cfg.n_layers for _, cfg in parents])
     if ffn_skip and (connectors == "none" or S == 1):
-        raise DelveError("--ffn-skip: routers read the hub; there is none")
+        raise DelveError("--ffn-skip: routers read the hub; there is none (--connectors hub)")
     width = max(cfg.d_model for _, cfg in parents)
     return DelveConfig(
         streams=tuple(parents),
@@ -78,7 +78,7 @@ def fuse(
     teachers: tuple[str, ...] = (),
     codes: int | None = None,
     shared: bool = False,
-    connectors: str = "hub",
+    connectors: str = "none",
     ffn_skip: float = 0.0,
     seed: int = 0,
 ) -> tuple[DelveConfig, dict, dict]:
@@ -129,7 +129,7 @@ def warm_hub(
     DelveError: cross connectors (each stream would need maps of its own), or none.
     """
     if cfg.connectors not in ("hub", "self") or "hub" not in params:
-        raise DelveError("--warm-hub: for connectors hub and self, between superblocks")
+        raise DelveError("--warm-hub: for --connectors hub and self, between superblocks")
     if len(dense) != len(cfg.streams):
         raise DelveError("--warm-hub: a dense parent for every stream is needed")
     pool = delve.plain_pool(cfg.names, [c for c, _ in dense], cfg.n_superblocks)

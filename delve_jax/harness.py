@@ -36,11 +36,16 @@ class DelveLM(TemplateLM):
     this tokenizer); it stands before a continuation without context and before rolling windows.
     """
 
-    def __init__(self, pretrained, batch_size: int | str | None = None, **how):
+    def __init__(
+        self, pretrained, batch_size: int | str | None = None, *, device=None, max_batch_size=None,
+        **how,
+    ):  # fmt: skip
+        # lm-eval's command line names a device and a limit for batches to every model: JAX has its
+        # own (JAX_PLATFORMS), and batches are cut to the memory that logits may take
         super().__init__()
         self.model = pretrained if hasattr(pretrained, "params") else lm.load(pretrained, **how)
         self._scorer = evaluate.as_scorer(self.model)
-        self._batch = None if batch_size in (None, "auto") else int(batch_size)
+        self._batch = None if str(batch_size or "auto").startswith("auto") else int(batch_size)
         self._tok, self._eot = evaluate.tokenizer_of(self._scorer)
         if self._eot is None:
             raise DelveError(f"{pretrained}: lm-eval needs a tokenizer with <|endoftext|>")
@@ -92,12 +97,16 @@ class DelveLM(TemplateLM):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """lm-eval's command line, in which `--model delve` is known."""
+    """lm-eval's command line, in which `--model delve` is known; returns the exit code."""
     from lm_eval.__main__ import cli_evaluate
 
     if argv is not None:
         sys.argv = ["lm_eval", *argv]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except DelveError as err:
+        print(f"error: {err}", file=sys.stderr)
+        return 2
     return 0
 
 

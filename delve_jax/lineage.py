@@ -48,6 +48,17 @@ def public_name(src: str | Path) -> str:
     return Path(src).name if Path(src).exists() or Path(src).is_absolute() else str(src)
 
 
+def public_source(src: str | Path) -> str:
+    """What of a parent's source says something elsewhere: a hub id or address as it is, of a
+    checkpoint that `convert` made of one its id and commit, of another local path the last part."""
+    file = Path(src) / "source.json"
+    made_of = read_json(file) if file.is_file() else {}
+    repo, commit = str(made_of.get("source")).partition("@")[0], made_of.get("commit")
+    if commit and re.fullmatch(r"[\w.-]+/[\w.-]+", repo):  # a commit: it came from the hub
+        return f"{repo}@{commit}"
+    return public_name(src)
+
+
 def _license(path: Path) -> str | None:
     """What the card in a parent's directory says of its licence, None where it says nothing."""
     card = path / "README.md"

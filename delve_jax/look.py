@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,15 +10,9 @@ import numpy as np
 
 from . import checkpoint, data, lm, models, parents
 from . import evaluate as evaluation
-from .config import Config, DelveError
+from .config import DelveError
+from .evaluate import valid_count
 from .tasks import evaluate_task
-
-
-def valid_count(cfg: Config) -> int:
-    """Parameters at the valid vocabulary rows (the padding rows of a checkpoint not counted)."""
-    if cfg.family != "delve":
-        cfg = dataclasses.replace(cfg, vocab_rows=cfg.vocab_size)
-    return models.count(cfg)
 
 
 def texts_of(files: Sequence[str | Path]) -> list[str]:
@@ -104,7 +97,7 @@ def generate(
     model = src if isinstance(src, lm.LM) else lm.load(src, keep=keep, streams=streams)
     if model.tokenizer is None:
         raise DelveError(f"{src}: has no tokenizer.json, so it cannot continue text")
-    ids = model.tokenizer.encode(prompt).ids
+    ids = model.tokenizer.encode(prompt, add_special_tokens=False).ids
     eot = data.eot_of(model.tokenizer)
     if not ids:
         if eot is None:

@@ -9,6 +9,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import sys
@@ -76,9 +77,10 @@ class MetricsLog:
         self._sinks = self._sinks or [_SINKS[n][1](self.path.parent, step) for n in self._names]
 
     def log(self, step: int, **values) -> None:
-        """One line; numbers may be JAX or numpy scalars. Unbuffered: a kill loses nothing."""
+        """One line; numbers may be JAX or numpy scalars (null where they are not finite).
+        Unbuffered: a kill loses nothing."""
         line = {"step": int(step)} | {k: _plain(v) for k, v in values.items()}
-        self._waiting += (json.dumps(line) + "\n").encode()
+        self._waiting += (json.dumps(line, allow_nan=False) + "\n").encode()
         self._write()
         self._start_sinks(int(step) - 1)
         numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}
@@ -121,13 +123,16 @@ def _keep_lines(path: Path, step: int | None) -> None:
         return
     kept = [line for line in read_metrics(path) if step is None or line.get("step", 0) <= step]
     partial = path.with_name(path.name + ".partial")
+    kept = [{k: _plain(v) for k, v in line.items()} for line in kept]
     partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     partial.replace(path)
 
 
 def _plain(value):
-    """A JSON value of a Python, numpy or JAX scalar; anything else as it is."""
-    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+    """A JSON value of a Python, numpy or JAX scalar; anything else as it is. JSON has no NaN and no
+    Inf: they become null."""
+    value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _tensorboard(folder: Path, step: int) -> tuple[Callable, Callable]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 
 import jax
@@ -82,6 +83,20 @@ def start(how: str | None = None) -> int:
             return jax.process_count()  # a caller from Python has started JAX as it wanted it
         raise DelveError(f"--distributed {how}: {' '.join(str(err).split())[:200]}") from None
     return jax.process_count()
+
+
+def one_process(what: str) -> None:
+    """DelveError where `what`, which knows nothing of processes, was started as one of several.
+
+    Read from the environment: joining the others, as `start` does, would wait for all of them, and
+    on one host of a TPU slice nobody else may come (experiments/launch/tpu_vm.sh).
+    """
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        if (count := os.environ.get(name, "")).isdigit() and int(count) > 1:
+            raise DelveError(
+                f"{what}: runs in one process, and {name} says that this is one of {count}; start "
+                "it once (delve heal and delve train run in several)"
+            )
 
 
 def is_main() -> bool:

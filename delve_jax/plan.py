@@ -58,7 +58,7 @@ def forward_flops(cfg: Config, T: int) -> int:
     """
     if cfg.family == "delve":
         hub = 0
-        if cfg.n_superblocks > 1:
+        if cfg.n_superblocks > 1 and cfg.connectors != "none":
             width = sum(s.d_model for _, s in cfg.streams)
             hub = 4 * (cfg.n_superblocks - 1) * cfg.hub_rank * width
         total = hub + sum(forward_flops(sub, T) for _, sub in cfg.streams)

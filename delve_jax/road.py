@@ -1,7 +1,8 @@
 """The verbs that leave something and train nothing: convert, compress, fuse, export.
 
 Each reads a source, does one thing and leaves a checkpoint directory. Work stands in DST.partial
-with `run.json` (the arguments); the same call resumes it, a finished one says so.
+with `run.json` (the arguments, and a hash of each text); the same call resumes it, a finished one
+says so.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from . import compress as compression
 from . import fuse as fusion
 from .compress.refine import WRITTEN, refine
 from .compress.storage import convert as convert_storage
-from .config import STORAGES, Config, DelveError, read_json
+from .config import STORAGES, Config, DelveError, read_json, write_json
 from .look import info, texts_of
 from .metrics import SINKS, versions
 from .report import ranks_picture
@@ -29,41 +30,72 @@ from .report import ranks_picture
 CALIBRATION_WINDOW = 512  # longest calibration window; shorter where the context is
 
 
-def begin(dst: str | Path, command: dict, overwrite: bool = False) -> bool:
+def begin(
+    dst: str | Path, command: dict, overwrite: bool = False, text: Sequence[str | Path] = ()
+) -> bool:
     """Claim DST for `command`; True where it stands there finished already.
 
-    DelveError where DST or DST.partial holds the work of other arguments (unless overwrite), or
-    cannot be made.
+    text: files and token folders that the work reads. DelveError where DST or DST.partial holds the
+    work of other arguments or of text that has changed since (unless overwrite), or cannot be made.
     """
     dst = Path(dst)
     if not dst.name:
         raise DelveError(f"{dst}: name a directory to make, not one that is there")
     try:
-        return parallel.on_main(_begin, dst, command, overwrite)
+        return parallel.on_main(_begin, dst, command, overwrite, text)
     except OSError as err:
         raise DelveError(f"{dst}: cannot be written ({err.strerror or err})") from None
 
 
-def _begin(dst: Path, command: dict, overwrite: bool) -> bool:
-    partial = dst.with_name(dst.name + ".partial")
-    command = json.loads(json.dumps(command, default=str))
+def _begin(dst: Path, command: dict, overwrite: bool, text: Sequence[str | Path]) -> bool:
+    partial = partial_of(dst)
+    command, hashes = json.loads(json.dumps(command, default=str)), data.text_hashes(text)
     if dst.exists() and not overwrite:
-        record = dst / "run.json"
-        if record.exists() and read_json(record).get("command") == command:
+        if (known := _record(dst)) and known.get("command") == command:
+            if changed := _changed(known, hashes):
+                raise DelveError(
+                    f"{changed}: has changed since {dst} was made from it; name another DST or "
+                    "--overwrite"
+                )
             return True
         raise DelveError(
             f"{dst}: exists and was made with other arguments; name another DST or --overwrite"
         )
-    record = partial / "run.json"
-    if partial.exists() and not (record.exists() and read_json(record)["command"] == command):
-        if record.exists() and not overwrite and _has_work(partial):
+    known = _record(partial, damaged_is_none=overwrite)
+    same = known is not None and known.get("command") == command
+    changed = _changed(known, hashes) if same else None
+    if partial.exists() and (changed or not same):
+        if known is not None and not overwrite and _has_work(partial):
+            if changed:
+                raise DelveError(
+                    f"{changed}: has changed since {partial} was begun with it; put it back, or "
+                    "--overwrite to begin anew"
+                )
             raise DelveError(
                 f"{partial}: holds unfinished work of other arguments; repeat those, or --overwrite"
             )
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps({"command": command, "versions": versions()}, indent=2) + "\n")
+    record = {"command": command, "text": hashes, "versions": versions()}
+    write_json(partial / "run.json", record, indent=2)
     return False
+
+
+def _record(folder: Path, damaged_is_none: bool = False) -> dict | None:
+    """run.json of a folder, None where there is none; DelveError where it is damaged."""
+    file = folder / "run.json"
+    try:
+        return read_json(file) if file.exists() else None
+    except DelveError as err:
+        if damaged_is_none:
+            return None
+        raise DelveError(f"{err}; name another DST or --overwrite") from None
+
+
+def _changed(known: dict, hashes: dict[str, str]) -> str | None:
+    """The first text that is not what it was; what is not there now is for the reader to name."""
+    before = known.get("text", {})  # records of earlier versions have none
+    return next((path for path, now in hashes.items() if before.get(path, now) != now), None)
 
 
 def _has_work(partial: Path) -> bool:
@@ -191,7 +223,7 @@ def compress(
         raise DelveError(f"--refine-written {refine_written}: must not be below 0")
     if storage not in STORAGES:
         raise DelveError(f"--storage {storage}: choose one of {', '.join(STORAGES)}")
-    if begin(dst, command, overwrite):
+    if begin(dst, command, overwrite, calibrate):
         return already(dst)
     source = parents.open_layers(src) if not refine_tokens and storage == "uv" else None
     if source is None:
@@ -275,7 +307,7 @@ def fuse(
     documents: Sequence[str] | None = None,
     calibrate_tokens: int = 32768,
     latents: int = 1,
-    connectors: str = "hub",
+    connectors: str = "none",
     hub_rank: int | None = None,
     ffn_skip: float = 0.0,
     warm_hub: bool = False,
@@ -307,7 +339,7 @@ def fuse(
                "seed": seed}  # fmt: skip
     if warm_hub and not (calibrate or documents):
         raise DelveError("--warm-hub: name text with --calibrate; the maps are fitted on it")
-    if begin(dst, command, overwrite):
+    if begin(dst, command, overwrite, calibrate):
         return already(dst)
     loaded = [(s, *parents.load(s, dtype="float32")) for s in sources]
     if odd := [s for s, cfg, _, _ in loaded if cfg.family == "delve"]:
@@ -352,6 +384,20 @@ def teacher_of(src: str) -> str:
     if facts.exists():
         return read_json(facts)["source"]
     return source_of(src)
+
+
+def load_teacher(src: str, tokenizer: str | None, recorded: bool = False, mesh=None):
+    """(config, float32 parameters) of a dense parent, `recorded` in a config or named by the user.
+
+    DelveError: it cannot be read; its tokenizer differs from the model's, where both have one; only
+    its name was recorded (what an export tells of a local parent): any folder may be called so.
+    """
+    if recorded and "/" not in src:
+        raise DelveError(f"{src}: is known by its name only (a local directory of somebody's)")
+    cfg, params, text = parents.load(src, dtype="float32", mesh=mesh)
+    if text is not None and tokenizer is not None:
+        same_tokenizer([("the model", tokenizer), (src, text)])
+    return cfg, params
 
 
 def partial_of(dst: str | Path) -> Path:

@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import re
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ WANTED = (
     "query, choices, gold | question, choices, answer | context, continuation | sentence_good, "
     "sentence_bad | question, answer (#### number) | prompt, canonical_solution, test, entry_point"
 )
-LETTERS = "ABCDEFGHIJ"
+LETTERS = string.ascii_uppercase
 MMLU = ("label", "verb")  # what of an option is scored: its letter, or letter and text (Delphi)
 NEW_TOKENS = {"number": 256, "code": 512}
 # a generated answer ends before the first of these
@@ -123,6 +124,8 @@ def _without_joint(context: str, text: str) -> tuple[str, str]:
 
 def _lettered(row: dict, mmlu: str) -> tuple[tuple[str, str], ...]:
     """An MMLU question with its options under it, as the benchmark's authors print it."""
+    if len(row["choices"]) > len(LETTERS):
+        raise ValueError(f"{len(row['choices'])} choices; there are letters for {len(LETTERS)}")
     options = [f"{a}. {c}" for a, c in zip(LETTERS, row["choices"], strict=False)]
     query = "\n".join([row["question"].strip(), *options, "Answer:"])
     scored = options if mmlu == "verb" else LETTERS[: len(options)]

@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from . import checkpoint, data, lineage, parallel, parents
 from .config import Config, DelveError, read_json, to_json
 from .look import info
 from .metrics import SINKS
-from .road import already, begin, partial_of, teacher_of
+from .road import already, begin, load_teacher, partial_of, teacher_of
 from .train import run
 from .train.objective import Terms
 from .train.run import Settings
@@ -46,8 +46,8 @@ def heal(
     metrics.jsonl; a repeated call resumes. -> `info` of it, its path and the report. DelveError:
     also settings that do not fit the mesh, unreadable text, steps that keep being not finite.
     """
-    if stages and teacher_cache:
-        raise DelveError("--teacher-cache: for one objective, not for --stages")
+    if stages:
+        _check_alone(settings, terms, teacher_cache)
     parts = run.read_stages(stages) if stages else (run.Stage("heal", 1.0, terms.checked()),)
     if parallel.start(distributed) > 1 and teacher_cache:
         raise DelveError("--teacher-cache: is made by one process; heal with one, or without")
@@ -59,26 +59,26 @@ def heal(
         command["teacher_cache"] = True
     on = parallel.make_mesh(mesh)
     settings.checked(on)
-    if begin(dst, command, overwrite):
+    if begin(dst, command, overwrite, text):
         return already(dst)
     cfg, tokenizer = parents.peek(src)
     tok = data.load_tokenizer(tokenizer, cfg.vocab_size)
     loaded = []
     if any(part.terms.name != "ce" for part in parts):
+        recorded = teachers is None and cfg.family == "delve"
         if teachers is None:
-            teachers = cfg.teachers if cfg.family == "delve" else [teacher_of(str(src))]
+            teachers = cfg.teachers if recorded else [teacher_of(str(src))]
         for teacher in teachers:
             try:
-                t_cfg, t_params, _ = parents.load(teacher, dtype="float32", mesh=on)
+                loaded.append(load_teacher(str(teacher), tokenizer, recorded, on))
             except DelveError as err:
                 raise DelveError(
                     f"teacher {err}; name it with --teachers, or --objective ce"
                 ) from None
-            loaded.append((t_cfg, t_params))
     cfg = dataclasses.replace(cfg, dtype=settings.master)
     opener, read = _opener(text, documents, tokenizer, cfg.vocab_size, settings.seed)
     how = {"mesh": on, "eot": data.eot_of(tok), "tokenizer": tokenizer, "teachers": loaded,
-           "teacher_cache": teacher_cache}  # fmt: skip
+           "teacher_cache": teacher_cache, "read": read}  # fmt: skip
     if not stages:
         params, report = _stage(src, cfg, parts[0], settings, opener, partial_of(dst), **how)
         report |= {"data": read}
@@ -106,9 +106,27 @@ def heal(
     return _finish(dst, cfg, params, tokenizer, overwrite, "heal", report, [first])
 
 
+def _check_alone(settings: Settings, terms: Terms, teacher_cache) -> None:
+    """DelveError: beside --stages stands what the stages themselves say, or cannot be done."""
+    if teacher_cache:
+        raise DelveError("--teacher-cache: for one objective, not for --stages")
+    said = {"trains": settings.trains, "joints_lr": settings.joints_lr, **dataclasses.asdict(terms)}
+    usual = {f.name: f.default for of in (Settings, Terms) for f in dataclasses.fields(of)}
+    beside_stages(name for name, value in said.items() if value != usual[name])
+
+
+def beside_stages(names: Iterable[str]) -> None:
+    """DelveError where anything is given that every stage says for itself."""
+    flags = {"trains": "train", "ce": "kl-weight", "kl": "kl-weight", "streams": "stream-kl",
+             "hidden": "hidden-match"}  # fmt: skip
+    for name in sorted(names):
+        flag = flags.get(name, name.replace("_", "-"))
+        raise DelveError(f"--{flag}: not beside --stages, whose file says it for each stage")
+
+
 def _stage(
     src, cfg, part: run.Stage, settings, opener, workdir, *, mesh, eot, tokenizer, teachers,
-    teacher_cache, skip: int = 0, weights=None,
+    teacher_cache, read, skip: int = 0, weights=None,
 ):  # fmt: skip
     """One stage of healing from its source -> (params, report); skip: batches used before it."""
 
@@ -122,7 +140,7 @@ def _stage(
     return run.heal(
         cfg, lambda: parents.load(src, dtype="float32", mesh=mesh)[1], rest, needed, settings,
         mesh=mesh, workdir=workdir, eot=eot, terms=part.terms, weights=weights if needed else None,
-        teacher_cache=teacher_cache,
+        teacher_cache=teacher_cache, read=read,
     )  # fmt: skip
 
 
@@ -174,7 +192,7 @@ def train(
     settings.checked(on)
     cfg = dataclasses.replace(cfg, dtype=settings.master)
     tokenizer_json = _tokenizer_for(cfg, tokenizer, text)
-    if begin(dst, command, overwrite):
+    if begin(dst, command, overwrite, text):
         return already(dst)
     tok = data.load_tokenizer(tokenizer_json, cfg.vocab_size)
     checkpoint.describe_run(partial_of(dst), cfg, tokenizer_json)

@@ -221,7 +221,7 @@ def upcycle(
         raise DelveError(f"--heal-tokens {heal_tokens}: must be 0 (no healing) or more")
     if method not in compression.METHODS:
         raise DelveError(f"--method {method}: available are {', '.join(compression.METHODS)}")
-    if road.begin(out, command, overwrite):
+    if road.begin(out, command, overwrite, [*text, *calibrate, *report_text]):
         return {**read_json(out / "report.json"), "already": True}
     work = out.with_name(out.name + ".partial")
     texts = roles(text, calibrate, report_text)

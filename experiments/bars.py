@@ -1,11 +1,13 @@
 """Measure the upcycle bars on the trained proxies: exactness at step 0, keep 1.0, pool, export.
 
 Command: make quickstart, then python experiments/bars.py (reads out/quickstart; needs torch)
-Result: experiments/results/bars.json. Bars: step 0 <= 1e-5 (J = K), 2e-5 (J = 1) in log p; keep 1.0
+Result: experiments/results/bars.json. Bars: step 0 <= 1e-5 (J = K), 2e-5 (J = 1) in log p, in
+bfloat16 a mean KL <= 1e-4 and the same most likely token on 99.5 % of the text; keep 1.0
 <= 1e-4 of max |logit|; pool <= best parent on the fitted text, + 0.002 nats on the report split;
 exported logits <= 1e-4, 64 greedy tokens equal with cache and without and to JAX's.
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 
 import delve_jax
-from delve_jax import compress, data, fuse, metrics, parents, road, upcycle
+from delve_jax import compress, data, fuse, metrics, models, parents, road, upcycle
 from delve_jax.lm import LM
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +33,7 @@ def log_softmax(x):
 
 def step_zero(parts, windows, latents) -> dict:
     """DELVE against the pool computed in float64 from its parents' own logits."""
-    cfg, params, report = fuse.fuse(parts, windows, latents=latents)
+    cfg, params, report = fuse.fuse(parts, windows, latents=latents, connectors="hub")
     tokens = windows[:4]
     own = [log_softmax(LM(c, p).logits(tokens)) for _, c, p in parts]
     w = np.asarray(report["weights"], np.float64)
@@ -46,6 +48,26 @@ def step_zero(parts, windows, latents) -> dict:
         "nll_fit": report["nll"],
         "nll_fit_best_parent": min(report["nll_parents"]),
     }
+
+
+def step_zero_bf16(parts, windows) -> dict:
+    """DELVE (J = 1) computed in bfloat16 against the float64 pool of its parents' logits, these
+    computed in bfloat16 too (what joining adds) and in float32 (what bfloat16 costs)."""
+    cfg, params, report = fuse.fuse(parts, windows, connectors="hub")
+    tokens = windows[:32]
+
+    def logits(cfg, params, dtype):
+        run = functools.partial(models.forward, cfg, how=models.Compute(dtype))
+        return np.asarray(jax.jit(lambda p, t: run(p, t)[0])(params, tokens), np.float64)
+
+    got, out = log_softmax(logits(cfg, params, "bfloat16")), {}
+    for dtype in ("bfloat16", "float32"):
+        own = [log_softmax(logits(c, p, dtype)) for _, c, p in parts]
+        want = log_softmax(sum(a * x for a, x in zip(report["weights"], own, strict=True)))
+        kl = (np.exp(want) * (want - got)).sum(-1)
+        out[f"pool in {dtype}"] = {"mean_kl": float(kl.mean()), "same_top_1": float(
+            (want.argmax(-1) == got.argmax(-1)).mean())}  # fmt: skip
+    return out | {"tokens": int(tokens.size)}
 
 
 def keep_one() -> dict:
@@ -112,6 +134,7 @@ def main() -> int:
         "seeds": report["seeds"],
         "step 0, J=1": step_zero(parts, windows, 1),
         "step 0, J=K": step_zero(parts, windows, len(parts)),
+        "step 0, bfloat16": step_zero_bf16(parts, windows),
         "keep 1.0, max|dlogit|/max|logit|": keep_one(),
         "report split, nats per token": {
             "pool at step 0": rows["DELVE at step 0"],

@@ -117,7 +117,9 @@ def _source(name):
 
 def hybrid(N, seed, names=NAMES, connectors="hub", latents=1, gate=True, hub_rank=None, warm=False):
     """A DELVE of N parameters at step 0 -> (config, parameters, report)."""
-    as_if = fuse.joint_config([(n, dense(n)[0]) for n in names], latents, hub_rank)
+    as_if = fuse.joint_config(
+        [(n, dense(n)[0]) for n in names], latents, hub_rank, connectors="hub"
+    )
     budget = N - fuse.joints_count(as_if)  # the same streams whatever joins them
     made = together(budget, seed, names)
     half = calibration(seed)[: len(calibration(seed)) // 2]

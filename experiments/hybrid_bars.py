@@ -45,7 +45,7 @@ def shortened(tier, latents):
             neurons=(), hf_config="",
         )))  # fmt: skip
     return DelveConfig(
-        tuple(streams), LAYERS, latents or len(streams), hub_rank=whole.hub_rank,
+        tuple(streams), LAYERS, latents or len(streams), connectors="hub", hub_rank=whole.hub_rank,
         codes=("embed", "head"),
     )  # fmt: skip
 

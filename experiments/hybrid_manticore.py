@@ -29,7 +29,7 @@ RANK = 8
 
 def build(seed):
     """(config of the streams, parameters) of the mixed model."""
-    as_if = fuse.joint_config([(n, hybrid.dense(n)[0]) for n in hybrid.NAMES])
+    as_if = fuse.joint_config([(n, hybrid.dense(n)[0]) for n in hybrid.NAMES], connectors="hub")
     made = hybrid.together(hybrid_parts.N - fuse.joints_count(as_if), seed)
     cfg, params, _ = fuse.fuse(made, shared=True, connectors="none")
     K, S, d = len(made), cfg.n_superblocks, made[0][1].d_model

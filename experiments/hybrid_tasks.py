@@ -7,7 +7,7 @@ of each), LAMBADA (the first 500 lines: accuracy is of all the last word's token
 this small stand near 0; nats a token move earlier). Chance-corrected: (accuracy - 1/2) / (1/2).
 Bits per byte: report text of every source (prose, code, mathematics; all English but for names),
 48 windows at most. Cost: 1 to 4 minutes of a core a model and seed once hybrid_curve.py has run.
-Result: experiments/results/hybrid_tasks.json. Not run yet.
+Result: experiments/results/hybrid_tasks.json and README.md.
 """
 
 import argparse

@@ -35,7 +35,8 @@ def config(family):
     }
     if family != "delve":
         return parents[family]
-    return DelveConfig(tuple((n, parents[n]) for n in ("mamba", "rwkv", "neox")), 2, hub_rank=4)
+    streams = tuple((n, parents[n]) for n in ("mamba", "rwkv", "neox"))
+    return DelveConfig(streams, 2, connectors="hub", hub_rank=4)
 
 
 def losses(family, mesh_spec, dtype, steps, optimizer="adamh"):

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 from scipy import stats
+from speed_tables import decode, growth, loading, prefill
+from speed_tables import table as _table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -235,12 +237,6 @@ def compress_memory() -> str:
     return "\n".join(lines)
 
 
-def _table(head: tuple, rows: list[tuple]) -> list[str]:
-    """Lines of a table: the first column is text, the others are numbers."""
-    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
-    return lines + [f"| {' | '.join(row)} |" for row in rows]
-
-
 def generation() -> str:
     """Tokens a second of factored models beside their dense parents."""
     r = json.loads((RESULTS / "generate_cpu.json").read_text())
@@ -391,14 +387,50 @@ def hybrid_curve() -> str:
     ])  # fmt: skip
 
 
+def hybrid_tasks() -> str:
+    """What DELVE, its parents and its rivals know: BLiMP and LAMBADA."""
+    r = json.loads((RESULTS / "hybrid_tasks.json").read_text())
+    cells = _cells(r["rows"])
+    mean_bits = lambda x: sum(x["bits_per_byte"].values()) / len(x["bits_per_byte"])  # noqa: E731
+    rows = [
+        (name, f"{_mean(mine, 'parameters'):,.0f}", f"{len(mine)}",
+         f"{_mean(mine, 'blimp'):.3f}", f"{_mean(mine, 'blimp_corrected'):.3f}",
+         f"{_mean(mine, 'lambada'):.3f}", f"{_mean(mine, 'lambada_nats_per_token'):.3f}",
+         f"{sum(map(mean_bits, mine)) / len(mine):.3f}")
+        for name, mine in sorted(cells.items(), key=lambda x: -_mean(x[1], "blimp"))
+    ]  # fmt: skip
+    head = ("model", "parameters", "seeds", "BLiMP", "corrected", "LAMBADA", "its nats a token",
+            "bits per byte")  # fmt: skip
+    first = r["rows"][0]
+    return "\n".join([
+        f"BLiMP: accuracy over {len(first['blimp_each'])} paradigms, {r['pairs']} pairs each, and "
+        "(accuracy - 1/2) / (1/2). LAMBADA: accuracy and nats a token of the last word, "
+        f"{r['lambada_lines']} lines. Bits per byte: mean of {len(first['bits_per_byte'])} sources "
+        "of report text. Pairs and lines are the same for all:", "", *_table(head, rows),
+    ])  # fmt: skip
+
+
+def hybrid_sources() -> str:
+    """Bits per byte of each source of report text."""
+    r = json.loads((RESULTS / "hybrid_tasks.json").read_text())
+    cells, sources = _cells(r["rows"]), list(r["rows"][0]["bits_per_byte"])
+    rows = [
+        (source, *(f"{sum(x['bits_per_byte'][source] for x in mine) / len(mine):.3f}"
+                   for mine in cells.values()))
+        for source in sources
+    ]  # fmt: skip
+    return "\n".join(_table(("source", *cells), rows))
+
+
 def _scores(rows: list[dict]) -> tuple[str, str, str]:
     return f"{_mean(rows, 'parameters'):,.0f}", f"{len(rows)}", f"{_mean(rows, 'report'):.4f}"
 
 
 BLOCKS = (
-    quickstart, proxies, interruption, sharding, training, optimisers, compression, shared_tables,
-    refinement, generation, compress_memory, hybrid_diversity, hybrid_curve, hybrid_parts, delphi,
-    ladder, tiers,
+    quickstart, proxies, interruption, sharding, training, optimisers, compression,
+    shared_tables, refinement, generation, decode, prefill, growth, loading, compress_memory,
+    hybrid_diversity, hybrid_curve, hybrid_tasks, hybrid_sources, hybrid_parts, delphi, ladder,
+    tiers,
 )  # fmt: skip
 
 

@@ -99,7 +99,7 @@ def fusion(cfg, _settings, _mesh, _teachers) -> dict:
     from delve_jax import fuse, models
 
     spent, seconds = {}, 0.0
-    names = {"<lambda>": "features", "chosen": "nll", "pass_over": "newton", "run": "scales"}
+    names = {"<lambda>": "features", "chosen": "nll", "pass_over": "newton"}
     struct = jax.ShapeDtypeStruct
 
     def jit(function):

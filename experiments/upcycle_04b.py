@@ -14,9 +14,9 @@ TPU v5e, a slice of 8 chips on one host:
 Planned bytes of a device, and healing's time and cost (results/tiers.json):
 
     fusion: 9.9 GiB a device
-    1 x h200, data=1, batch 32: 30.8 GiB of 131.3 GiB; 200 M tokens in 2.1 h, $7
-    8 x v5e, data=8, batch 32: 5.7 GiB of 14.9 GiB; 200 M tokens in 1.3 h, $13
-    decode data=1: 2.4 GiB a device (4.3 GiB if XLA first converts all weights)
+    1 x h200, data=1, batch 32: 27.5 GiB of 131.3 GiB; 200 M tokens in 2.1 h, $7
+    8 x v5e, data=8, batch 32: 5.3 GiB of 14.9 GiB; 200 M tokens in 1.3 h, $13
+    decode data=1: 1.8 GiB a device (3.6 GiB if XLA first converts all weights)
 
 Assumed: 15% of the bfloat16 peak, $3.50 an H200 and hour, $1.20 a v5e chip and hour; compression
 and scores come on top. Expected nats: not yet run (neither hub nor accelerator was at hand). No

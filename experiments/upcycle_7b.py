@@ -28,13 +28,13 @@ others on the CPU of one):
 
 Planned bytes of a device, and healing's time and cost (results/tiers.json):
 
-    fusion: 51.5 GiB a device
-    4 x h200, data=4, batch 32: 88.8 GiB of 131.3 GiB; 1,000 M tokens in 48.2 h, $674
-    1 x h200, data=1, batch 32: 336.5 GiB of 131.3 GiB; does not fit
-    1 x h200, data=1, batch 8, keep 0.25, ce: 109.4 GiB of 131.3 GiB; 1,000 M tokens in 55.2 h, $193
-    64 x v5e, data=32,model=2, batch 32: 12.9 GiB of 14.9 GiB; 1,000 M tokens in 15.1 h, $1,161
-    decode data=1: 29.7 GiB a device (66.5 GiB if XLA first converts all weights)
-    decode data=2,model=4: 9.1 GiB a device (17.4 GiB if XLA first converts all weights)
+    fusion: 46.6 GiB a device
+    4 x h200, data=4, batch 32: 87.8 GiB of 131.3 GiB; 1,000 M tokens in 48.1 h, $673
+    1 x h200, data=1, batch 32: 321.6 GiB of 131.3 GiB; does not fit
+    1 x h200, data=1, batch 8, keep 0.25, ce: 105.7 GiB of 131.3 GiB; 1,000 M tokens in 54.7 h, $191
+    64 x v5e, data=32,model=2, batch 32: 12.6 GiB of 14.9 GiB; 1,000 M tokens in 15.1 h, $1,158
+    decode data=1: 26.3 GiB a device (63.3 GiB if XLA first converts all weights)
+    decode data=2,model=4: 8.2 GiB a device (16.4 GiB if XLA first converts all weights)
 
 Assumed: 15% of the bfloat16 peak, $3.50 an H200 and hour, $1.20 a v5e chip and hour; compression
 and scores come on top. Expected nats: not yet run (neither hub nor accelerator was at hand). No

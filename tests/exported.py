@@ -27,7 +27,7 @@ def neox(layers=3, rows=V, **kw):
 
 
 def joints(**kw):
-    return {"hub_rank": 4, "gate_proj": 8, "gate_hidden": 12, **kw}
+    return {"connectors": "hub", "hub_rank": 4, "gate_proj": 8, "gate_hidden": 12, **kw}
 
 
 def three():
@@ -64,7 +64,9 @@ def common(latents, connectors="hub"):
     """Three streams whose vocabulary tables have their long factors in common."""
     ranks = (("embed", (9,)), ("head", (11,)))
     streams = (("a", mamba(ranks=ranks)), ("b", rwkv(ranks=ranks)), ("c", neox(ranks=ranks)))
-    return DelveConfig(streams, 3, latents, connectors, codes=("embed", "head"), **joints())
+    return DelveConfig(
+        streams, 3, latents, codes=("embed", "head"), **joints(connectors=connectors)
+    )
 
 
 def random_params(cfg, seed=0):

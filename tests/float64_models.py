@@ -33,7 +33,9 @@ CONFIGS = {
     ),
 }
 STREAMS = tuple((n, CONFIGS[n]) for n in ("rwkv", "qwen3"))
-CONFIGS["delve"] = DelveConfig(STREAMS, 2, latents=2, hub_rank=2, gate_proj=3, gate_hidden=4)
+CONFIGS["delve"] = DelveConfig(
+    STREAMS, 2, latents=2, connectors="hub", hub_rank=2, gate_proj=3, gate_hidden=4
+)
 EPS = 1e-4
 STENCIL = {1: 8 / 12, -1: -8 / 12, 2: -1 / 12, -2: 1 / 12}  # slope up to EPS^4
 

@@ -75,8 +75,16 @@ def test_round_trip_is_bit_exact(tmp_path, params, dtype):
 def test_restore_casts_and_places(tmp_path, params):
     checkpoint.save(tmp_path / "c", CFG, params)
     _, half = checkpoint.restore(tmp_path / "c", parallel.make_mesh(None), "bfloat16")
-    assert {x.dtype.name for x in jax.tree.leaves(half)} == {"bfloat16"}
-    assert same(half, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+    assert same(half, models.cast(params, "bfloat16"))
+    of_dtype = {}
+    for keys, x in jax.tree_util.tree_flatten_with_path(half)[0]:
+        of_dtype.setdefault(x.dtype.name, set()).add(parallel.path_of(keys))
+    assert of_dtype["float32"] == {"layers/A_log", "layers/D", "layers/dt_proj/bias"}
+    assert "layers/in_proj/v" in of_dtype["bfloat16"] and len(of_dtype) == 2
+    # what is stored in 16 bits already is not widened
+    checkpoint.save(tmp_path / "h", CFG, jax.tree.map(lambda x: x.astype(jnp.float16), params))
+    _, again = checkpoint.restore(tmp_path / "h", dtype="bfloat16")
+    assert {x.dtype.name for x in jax.tree.leaves(again)} == {"bfloat16"}
     assert isinstance(half["norm_f"]["scale"].sharding, jax.sharding.NamedSharding)
 
 

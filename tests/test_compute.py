@@ -31,7 +31,7 @@ STREAMS = {
     "qwen3": Qwen3Config(n_heads=4, n_kv_heads=2, head_dim=8, d_ffn=48, **small),
 }
 PAIR = tuple((n, STREAMS[n]) for n in ("mamba", "qwen3"))
-DELVE = DelveConfig(PAIR, 2, latents=2, hub_rank=4)
+DELVE = DelveConfig(PAIR, 2, latents=2, connectors="hub", hub_rank=4)
 
 
 def test_float64_is_float64_throughout(record_property):

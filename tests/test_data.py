@@ -404,6 +404,21 @@ def test_metrics_resume_drops_cut_lines_and_later_steps(tmp_path):
         MetricsLog(path, sinks=["smoke"])
 
 
+def test_a_number_that_is_not_finite_is_null(tmp_path):
+    """JSON has no NaN; lines that an earlier version wrote with one are mended when it goes on."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": NaN, "skipped": 1}\n')
+    with MetricsLog(path) as log:
+        log.log(2, loss=np.float32("nan"), grad_norm=float("inf"), skipped=2)
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    lines = [json.loads(x, parse_constant=refuse) for x in path.read_text().splitlines()]
+    assert lines[0] == {"step": 1, "loss": None, "skipped": 1}
+    assert lines[1] == {"step": 2, "loss": None, "grad_norm": None, "skipped": 2}
+
+
 def test_progress_and_versions(capsys):
     with progress(10, "count") as bar:
         bar.update(10)

@@ -39,6 +39,7 @@ def fused(*streams, latents, S):
         streams=tuple((f"p{i}", sub) for i, sub in enumerate(streams)),
         n_superblocks=delve.choose_superblocks([sub.n_layers for sub in streams]),
         latents=latents,
+        connectors="hub",
         hub_rank=4,
     )
     assert cfg.n_superblocks == S
@@ -281,7 +282,9 @@ def true_count(cfg):
 
 
 def test_count_is_the_sum_over_true_ranks():
-    joined = DelveConfig(tuple(FACTORED.items()), n_superblocks=3, latents=1, hub_rank=4)
+    joined = DelveConfig(
+        tuple(FACTORED.items()), n_superblocks=3, latents=1, connectors="hub", hub_rank=4
+    )
     for cfg in FACTORED.values():
         assert models.count(cfg) == true_count(cfg)
     widths = [sub.d_model for _, sub in joined.streams]
@@ -324,7 +327,12 @@ def test_padding_beyond_the_true_rank_is_inert(family, randomised):
 
 def test_configs_go_through_json_and_bad_ones_are_named():
     joined = DelveConfig(
-        tuple(FACTORED.items()), n_superblocks=3, latents=3, hub_rank=4, teachers=("a", "b", "c")
+        tuple(FACTORED.items()),
+        n_superblocks=3,
+        latents=3,
+        connectors="hub",
+        hub_rank=4,
+        teachers=("a", "b", "c"),
     )
     for cfg in (*FACTORED.values(), joined):
         back = config.from_json(json.loads(json.dumps(config.to_json(cfg))))

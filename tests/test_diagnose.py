@@ -30,7 +30,9 @@ def neox(L, V, d=24):
     return NeoxConfig(V, V, d, L, n_heads=2, d_ffn=2 * d, context_length=64)
 
 
-GATED = DelveConfig((("r", rwkv(3, V)), ("n", neox(3, V))), n_superblocks=3, hub_rank=4)
+GATED = DelveConfig(
+    (("r", rwkv(3, V)), ("n", neox(3, V))), n_superblocks=3, connectors="hub", hub_rank=4
+)
 BYTES = DelveConfig(
     (("r", rwkv(3, 256)), ("n", neox(2, 256))), n_superblocks=2, latents=2, connectors="none",
     gate_proj=0,
@@ -362,6 +364,13 @@ def test_refusals(place, randomised, tmp_path):
             diagnose.inspect(place / "delve", text, **{flag: 1})
     with pytest.raises(DelveError, match="text.txt: is a file; name a directory"):
         diagnose.inspect(place / "delve", text, out=text[0])
+    tok = json.loads((place / "r" / "tokenizer.json").read_text())
+    (a, i), (b, j) = list(tok["model"]["vocab"].items())[-2:]
+    tok["model"]["vocab"] |= {a: j, b: i}  # as many ids, two of another meaning
+    cfg, params = checkpoint.restore(place / "r")
+    checkpoint.save(tmp_path / "other", cfg, params, json.dumps(tok))
+    with pytest.raises(DelveError, match="--parents .*other: its tokenizer differs"):
+        diagnose.inspect(place / "delve", text, parents=[tmp_path / "other"], window=T)
     with pytest.raises(DelveError, match="--parents .*gone: no such file"):
         diagnose.inspect(place / "delve", text, parents=[place / "r", place / "gone"], window=T)
     checkpoint.save(tmp_path / "bytes", rwkv(3, 256), randomised(rwkv(3, 256), 0))

@@ -1,7 +1,9 @@
 """Exports in other people's tools: PEFT, Trainer, lm-eval; checkpointed gradients; model cards."""
 
+import functools
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -9,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+import delve_jax
 from delve_jax import checkpoint, lineage
 from delve_jax.config import DelveError
 
@@ -181,6 +184,34 @@ def test_lm_eval_writes_and_rolls_with_the_jax_model(exported, harness):
     whole = write()
     stop = whole[len(whole) // 2]
     assert write(until=[stop]) == whole.partition(stop)[0] != whole
+
+
+def test_the_command_line_of_lm_eval_with_the_jax_model(
+    exported, harness, tmp_path, monkeypatch, capsys
+):
+    """`python -m delve_jax.harness`, but for its process and the index of lm-eval's own tasks."""
+    import lm_eval.tasks
+
+    from delve_jax.harness import main
+
+    few = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", few)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    file = task_files(tmp_path)["arc_easy"]
+    (tmp_path / "arc_easy.yaml").write_text(harness.task_yaml("arc_easy", file))
+    how = ["--tasks", "arc_easy_local", "--include_path", str(tmp_path), "--output_path",
+           str(tmp_path / "out")]  # fmt: skip
+    args = f"pretrained={exported['checkpoint']}"
+    assert main(["run", "--model", "delve", "--model_args", args, *how]) == 0
+    (written,) = (tmp_path / "out").rglob("results*.json")
+    found = json.loads(written.read_text())["results"]["arc_easy_local"]
+    ours = delve_jax.evaluate(exported["checkpoint"], tasks=[file])["tasks"]["arc_easy"]
+    assert found["acc,none"] == ours["acc"] and found["acc_bytes,none"] == ours["acc_norm"]
+    capsys.readouterr()
+    args = f"pretrained={tmp_path / 'gone'}"
+    assert main(["run", "--model", "delve", "--model_args", args, *how]) == 2
+    assert f"error: {tmp_path / 'gone'}: no such file" in capsys.readouterr().err
 
 
 # ---- the card ------------------------------------------------------------------------------------

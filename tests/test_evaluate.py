@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import delve_jax.evaluate as evaluate
-from delve_jax import data, models, tasks
+from delve_jax import data, look, models, tasks
 from delve_jax.config import DelveError, MambaConfig, NeoxConfig, RwkvConfig
 
 V = 23
@@ -361,8 +361,10 @@ def test_hf_and_jax_backends_agree(hf_dir):
     ours, theirs = evaluate.evaluate(lm, TEXTS), evaluate.evaluate_hf(hf_dir, TEXTS)
     for key in ("nll_per_token", "bits_per_byte"):
         assert ours[key] == pytest.approx(theirs[key], abs=1e-4)
-    for key in ("tokens", "bytes", "window", "data_hash", "parameter_bytes"):
+    for key in ("tokens", "bytes", "window", "data_hash", "parameters", "parameter_bytes"):
         assert ours[key] == theirs[key], key
+    # five rows of both tables are padding, here and in every verb
+    assert ours["parameters"] == look.info(hf_dir)["parameters"] == models.count(cfg) - 2 * 5 * 16
 
 
 def test_hf_refuses_damaged_and_foreign_directories(hf_dir, tmp_path):

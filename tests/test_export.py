@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from delve_jax import checkpoint, models, parallel, parents
+from delve_jax import checkpoint, models, parallel, parents, road
 from delve_jax.config import DelveConfig, DelveError, NeoxConfig, RwkvConfig
 from delve_jax.parents import export
 
@@ -188,6 +188,39 @@ def test_way_back_is_exact(factored):
     assert leaf.sharding.mesh == mesh and leaf.dtype == jnp.bfloat16
     expected = factored["params"]["streams"]["first"]["layers"]["in_proj"]["u"]
     np.testing.assert_array_equal(leaf, expected.astype(jnp.bfloat16))
+    for wide in (half["streams"]["first"]["layers"]["A_log"], half["pool"]["a"],
+                 half["streams"]["second"]["layers"]["att"]["time_decay"]):  # fmt: skip
+        assert wide.dtype == jnp.float32
+
+
+def test_an_export_names_teachers_without_paths_of_this_machine(tmp_path):
+    """A hub id and an address as they are, a converted checkpoint by its hub id, a folder's name"""
+    ours, hub = tmp_path / "secret" / "mine", tmp_path / "secret" / "converted"
+    for folder, source in ((ours, None), (hub, "org/model@main")):
+        folder.mkdir(parents=True)
+        record = {"source": source or str(tmp_path), "commit": source and "0123abc"}
+        (folder / "source.json").write_text(json.dumps(record))
+    gone = str(tmp_path / "secret" / "gone")
+    named = (str(ours), str(hub), gone, "org/other@v1", "https://example.org/m")
+    cfg = dataclasses.replace(two(), teachers=named)
+    checkpoint.save(tmp_path / "c", cfg, random_params(cfg))
+    export.export_hf(tmp_path / "c", tmp_path / "hf", verify=False)
+    for file in (tmp_path / "hf").glob("*.json"):
+        assert "secret" not in file.read_text(), file
+    back, _, _ = export.read_exported_delve(tmp_path / "hf")
+    assert back.teachers == (
+        "mine", "org/model@0123abc", "gone", "org/other@v1", "https://example.org/m"
+    )  # fmt: skip
+    assert checkpoint.load_config(tmp_path / "c").teachers == named
+
+
+def test_a_teacher_of_which_only_the_name_is_known_is_not_looked_for(tmp_path, monkeypatch):
+    """A folder of the same name, wherever one happens to stand, may be anything."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save(tmp_path / "mine", rwkv(), random_params(rwkv()), tiny_tokenizer())
+    with pytest.raises(DelveError, match="^mine: is known by its name only"):
+        road.load_teacher("mine", tiny_tokenizer(), recorded=True)
+    assert road.load_teacher("mine", tiny_tokenizer())[0] == rwkv()
 
 
 def test_sixteen_bit_way_back_is_exact_and_in_shards(tmp_path, monkeypatch):

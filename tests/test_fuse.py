@@ -148,7 +148,7 @@ def test_step_zero_is_the_pool_of_its_parents(parts, tokens, log_p, latents):
 
 
 def test_hub_scale_is_the_stream_rms_at_the_sync_point(parts, tokens):
-    cfg, params, _ = fuse(parts, tokens)
+    cfg, params, _ = fuse(parts, tokens, connectors="hub")
     assert cfg.n_superblocks == 2
     name, sub, p = parts[1]
     x = models.embed_tokens(sub, p, tokens[:8])
@@ -159,7 +159,7 @@ def test_hub_scale_is_the_stream_rms_at_the_sync_point(parts, tokens):
 
 
 def test_count_of_joints_and_equal_weights_without_text(parts):
-    cfg, params, report = fuse(parts)
+    cfg, params, report = fuse(parts, connectors="hub")
     np.testing.assert_allclose(params["pool"]["a"], 1 / 3, rtol=1e-6)
     assert report == {"fitted": False}
     stored = sum(a.size for n in ("pool", "hub", "gate") for a in jax.tree.leaves(params[n]))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import delve_jax
-from delve_jax import models
+from delve_jax import look, models
 from delve_jax.config import DelveError, MambaConfig, NeoxConfig
 from delve_jax.lm import truncated
 
@@ -73,6 +73,25 @@ def test_sampling_is_of_the_kept_ids_only(lm):
     again = np.asarray(lm.generate(PROMPT, 12, temperature=50.0, top_k=3, seed=1))
     other = np.asarray(lm.generate(PROMPT, 12, temperature=50.0, top_k=3, seed=2))
     assert np.array_equal(out, again) and not np.array_equal(out, other)
+
+
+def test_a_prompt_is_read_as_evaluation_and_training_read_text():
+    """A tokenizer that frames a text with special tokens (Pythia's does not) is not asked to."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    tok = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1, "b": 2}, "<|endoftext|>"))
+    tok.pre_tokenizer = pre_tokenizers.Whitespace()
+    tok.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+    )
+    assert tok.encode("a b").ids == [0, 1, 2, 0]
+
+    class Heard(delve_jax.LM):
+        def generate(self, tokens, *_, **how):
+            assert np.array_equal(tokens, [[1, 2]]) and how["stop"] == [0]
+            return np.array([[1, 2, 2, 0]])
+
+    assert look.generate(Heard(CONFIGS["neox"], {}, tok), "a b")["tokens"] == [2]
 
 
 def test_truncation_by_hand():

@@ -3,6 +3,7 @@
 Parents are random and tiny, fused dense or at common codes; nothing is compressed here.
 """
 
+import dataclasses
 import json
 
 import jax
@@ -14,6 +15,7 @@ import delve_jax
 from delve_jax import checkpoint, cli, compress, data, models, parents, training
 from delve_jax.config import DelveError, MambaConfig, NeoxConfig, RwkvConfig
 from delve_jax.metrics import read_metrics
+from delve_jax.train.objective import Terms
 
 SHARED = dict(vocab_size=300, vocab_rows=300, d_model=16, context_length=32)
 PARENTS = {
@@ -39,7 +41,7 @@ def place(tmp_path_factory, randomised):
         facts = {"source": str(root / "dense" / name)}
         checkpoint.save(root / name, *small, tok, extra={"compress.json": facts})
     argv = ["fuse", *(root / n for n in PARENTS), root / "fused", "--calibrate", root / "fit.txt",
-            "--calibrate-tokens", "512", "--hub-rank", "4"]  # fmt: skip
+            "--calibrate-tokens", "512", "--connectors", "hub", "--hub-rank", "4"]  # fmt: skip
     assert cli.main(list(map(str, argv))) == 0
     return root
 
@@ -154,12 +156,24 @@ def test_wrong_objectives_are_refused(place, capsys, tmp_path):
         (("--joints-lr", "-1"), "--joints-lr -1"), (("--stages", tmp_path / "no"), "--stages"),
         (("--teachers", place / "dense" / "neo", "--stream-kl", "1"), "parent of every stream"),
         (("--teacher-cache", tmp_path / "c", "--stream-kl", "1"), "--teacher-cache"),
+        *((("--stages", "hybrid", flag, value), f"{flag}: not beside --stages") for flag, value in (
+            ("--joints-lr", "1"), ("--train", "joints"), ("--kl-weight", "0.5"),
+            ("--stream-kl", "0"), ("--stream-drop", "0.1"), ("--hidden-match", "1"),
+            ("--rank-drop", "0.5"), ("--ffn-share", "0.5"), ("--objective", "ce"))),
     ):  # fmt: skip
         line = bad(capsys, *argv, *flags, "--overwrite")
         assert said in line, line
     line = bad(capsys, "heal", place / "neo", tmp_path / "y", "--data", place / "fit.txt", *HEAL,
                "--train", "joints")  # fmt: skip
     assert "--train joints" in line
+    few = training.Settings(tokens=64)
+    for settings, terms, flag in (
+        (dataclasses.replace(few, joints_lr=2.0), Terms(), "--joints-lr"),
+        (few, Terms(kl=0.3), "--kl-weight"),
+    ):
+        with pytest.raises(DelveError, match=f"{flag}: not beside --stages"):
+            training.heal(place / "fused", tmp_path / "x", settings, text=[place / "fit.txt"],
+                          terms=terms, stages="hybrid")  # fmt: skip
 
 
 def test_a_teacher_cache_is_made_once(place, capsys, tmp_path):
@@ -167,6 +181,8 @@ def test_a_teacher_cache_is_made_once(place, capsys, tmp_path):
             tmp_path / "cache")  # fmt: skip
     code, out, _ = delve(capsys, *argv[:2], tmp_path / "a", *argv[2:])
     assert code == 0 and out["heal"]["teacher_samples"] == 64
+    made_of = json.loads((tmp_path / "cache" / "0-of-1" / "cache.json").read_text())
+    assert made_of["data"] == out["heal"]["data"]["data_hash"] is not None
     file = tmp_path / "cache" / "0-of-1" / "ids.bin"
     made = file.stat().st_mtime_ns
     line = bad(capsys, *argv[:2], tmp_path / "c", *argv[2:], "--seed", 1)

@@ -269,7 +269,9 @@ STREAMS = tuple(
 )
 QWEN3 = Qwen3Config(d_model=24, n_heads=4, n_kv_heads=2, head_dim=8, d_ffn=40, **small)
 PARENTS = {"mamba": MAMBA, "rwkv": RWKV, "neox": PARALLEL, "qwen3": QWEN3}
-OURS = PARENTS | {"delve": DelveConfig(STREAMS, n_superblocks=3, latents=3, hub_rank=4)}
+OURS = PARENTS | {
+    "delve": DelveConfig(STREAMS, n_superblocks=3, latents=3, connectors="hub", hub_rank=4)
+}
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -21,7 +21,7 @@ STREAMS = (
     ("m", MambaConfig(n_layers=2, d_model=16, d_inner=32, d_state=4, dt_rank=2, **both)),
     ("n", NeoxConfig(n_layers=2, d_model=24, n_heads=2, d_ffn=48, **both)),
 )
-CFG = DelveConfig(STREAMS, n_superblocks=2, hub_rank=4)
+CFG = DelveConfig(STREAMS, n_superblocks=2, connectors="hub", hub_rank=4)
 DENSE = tuple(sub for _, sub in STREAMS)
 TOKENS = np.random.default_rng(0).integers(0, V, size=(4, T + 1)).astype(np.int32)
 A = np.array([0.7, 0.5], np.float32)
@@ -308,6 +308,8 @@ def test_a_cache_is_made_once_resumes_grows_and_refuses_other_runs(frozen, tmp_p
     assert sum(sizes.values()) == 5 * 4 * T * (64 * 3 + 2)
     with pytest.raises(DelveError, match="answers of another run"):
         cache.make(tmp_path / "a", data_, 2, DENSE, frozen, eot=0)
+    with pytest.raises(DelveError, match=r"its data differ.*another --teacher-cache"):
+        cache.make(tmp_path / "a", data_, 2, DENSE, frozen, data_hash="of another text")
     for other, teachers in ((data.batches(rows_of(), 4, 1), frozen),
                             (data_, frozen | {"weights": jnp.ones(2)}),
                             (data_, frozen | {"teachers": jax.tree.map(

@@ -22,7 +22,7 @@ NEOX = NeoxConfig(
     **SHARED, n_layers=2, n_heads=2, d_ffn=16,
     ranks=(("embed", (3,)), ("head", (3,)), ("att/out", (3, 5)), ("mlp/up", (4, 2))),
 )  # fmt: skip
-DELVE = DelveConfig((("m", MAMBA), ("u", RWKV), ("x", NEOX)), 2, hub_rank=2)
+DELVE = DelveConfig((("m", MAMBA), ("u", RWKV), ("x", NEOX)), 2, connectors="hub", hub_rank=2)
 
 
 def flat(tree):

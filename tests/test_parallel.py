@@ -150,7 +150,7 @@ def families(d: int, vocab: int, **more) -> dict:
         "qwen3": Qwen3Config(**shared, n_heads=4, n_kv_heads=2, head_dim=d // 4, d_ffn=4 * d),
     }
     parents = tuple((n, out[n]) for n in ("mamba", "rwkv", "neox"))
-    return out | {"delve": DelveConfig(parents, 2, hub_rank=8)}
+    return out | {"delve": DelveConfig(parents, 2, connectors="hub", hub_rank=8)}
 
 
 FAMILIES = families(128, 512)

@@ -19,7 +19,9 @@ STREAMS = (
     ("r", RwkvConfig(n_layers=2, d_model=16, d_att=16, d_ffn=48, **both)),
     ("n", NeoxConfig(n_layers=2, d_model=32, n_heads=2, d_ffn=64, **both)),
 )
-CFG = DelveConfig(STREAMS, n_superblocks=2, hub_rank=4, teachers=("tm", "tr", "tn"))
+CFG = DelveConfig(
+    STREAMS, n_superblocks=2, connectors="hub", hub_rank=4, teachers=("tm", "tr", "tn")
+)
 CODES = (("embed", (9,)), ("head", (9,)))
 FORMS = {
     "J=1": CFG,

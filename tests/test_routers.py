@@ -23,7 +23,7 @@ STREAMS = (
     ("r", RwkvConfig(n_layers=2, d_model=16, d_att=16, d_ffn=48, **both)),
     ("n", NeoxConfig(n_layers=2, d_model=32, n_heads=2, d_ffn=64, parallel_residual=False, **both)),
 )
-CFG = DelveConfig(STREAMS, n_superblocks=2, hub_rank=4, ffn_skip=0.9)
+CFG = DelveConfig(STREAMS, n_superblocks=2, connectors="hub", hub_rank=4, ffn_skip=0.9)
 PLAIN = dataclasses.replace(CFG, ffn_skip=0.0)
 TEXT = np.random.default_rng(0).integers(0, V, size=(2, T))
 

@@ -22,7 +22,7 @@ MAMBA = MambaConfig(d_inner=24, d_state=4, dt_rank=3, **small)
 RWKV = RwkvConfig(d_att=24, d_ffn=24, **small)
 NEOX = NeoxConfig(n_heads=2, d_ffn=24, **small)
 QWEN3 = Qwen3Config(n_heads=4, n_kv_heads=2, head_dim=8, d_ffn=24, **small)
-DELVE = DelveConfig((("m", MAMBA), ("q", QWEN3)), 2, latents=2, hub_rank=4)
+DELVE = DelveConfig((("m", MAMBA), ("q", QWEN3)), 2, latents=2, connectors="hub", hub_rank=4)
 # config, and which scan is run how
 WAYS = {
     "mamba sequential": (MAMBA, {"mamba": "sequential"}),

@@ -66,6 +66,14 @@ def test_mmlu_is_printed_as_its_authors_do(tmp_path):
     )
 
 
+def test_more_options_than_ten_have_letters_too(tmp_path):
+    row = {"question": "Q?", "choices": [f"a{i}" for i in range(26)], "answer": 12, "subject": "x"}
+    (one,) = tasks.read_task(write(tmp_path, [row]))
+    assert len(one.pairs) == 26 and one.pairs[12][1] == "M" and "\nZ. a25\n" in one.pairs[0][0]
+    with pytest.raises(DelveError, match=":1: .*27 choices"):
+        tasks.read_task(write(tmp_path, [row | {"choices": [*row["choices"], "b"]}]))
+
+
 def test_accuracy_is_weighted_by_size_and_soft_metrics_by_subject(tmp_path):
     """delphi.md section 8; the model likes one letter whatever it is asked."""
     rows = [mmlu_row(i, "big") for i in range(9)] + [mmlu_row(i, "small") for i in range(2)]

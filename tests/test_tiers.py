@@ -113,7 +113,7 @@ def test_documented_commands_are_the_planned_ones(name, tiers, scripts, monkeypa
             args = cli.parser().parse_args(words[1:])
             if args.verb != "heal":
                 continue
-            tokens, objective = args.tokens, args.objective
+            tokens, objective = args.tokens, getattr(args, "objective", "ce+kl")
             assert args.lr == 1e-4
         if tokens:
             assert tokens == tiers.TIERS[name].tokens
@@ -219,9 +219,9 @@ def test_fusion_is_planned_program_by_program(tiers, monkeypatch):
     cfg = fuse.joint_config(list(small(256).items()))
     found = tiers.fusion(cfg, None, None, ())
     sizes = found["bytes"]
-    assert set(sizes) == {"parameters", "features", "nll", "newton", "scales", "peak"}
+    assert set(sizes) == {"parameters", "features", "nll", "newton", "peak"}
     assert sizes["parameters"] == 4 * models.count(cfg)
     assert sizes["newton"] > 4 * 2 * 256 * fuse.ROWS  # the logits of all parents live at once
     assert sizes["peak"] == sizes["parameters"] + max(
-        sizes[k] for k in ("features", "nll", "newton", "scales")
+        sizes[k] for k in ("features", "nll", "newton")
     )

@@ -20,7 +20,7 @@ from delve_jax import DelveError, checkpoint, data, models, parallel, parents
 from delve_jax.config import NeoxConfig
 from delve_jax.metrics import read_metrics
 from delve_jax.models import Compute
-from delve_jax.train import objective, optim
+from delve_jax.train import loop, objective, optim
 from delve_jax.train.loop import MAX_IN_A_ROW, Saving, fit, init_state, make_step
 from delve_jax.train.objective import Terms
 
@@ -138,6 +138,37 @@ def test_retention(params, windows, tmp_path):
     assert checkpoint.Steps(tmp_path / "s/state").numbers() == [4, 8, 10]
     run(params, ds, tmp_path / "t", saving=Saving(every=1000, minutes=0, keep=3))
     assert checkpoint.Steps(tmp_path / "t/state").numbers() == [9, 10, 11]
+
+
+def test_the_clock_is_looked_at_on_every_step(params, windows, tmp_path):
+    """Not only where a line is logged: here at the last step alone."""
+    fit(
+        params, LOSS, data.batches(windows, 4, 0), optim.adamw(optim.wsd(3e-3, 12)), steps=5,
+        workdir=tmp_path, log_every=99, saving=Saving(every=1000, minutes=0, keep=9),
+    )  # fmt: skip
+    assert checkpoint.Steps(tmp_path / "state").numbers() == [1, 2, 3, 4]
+    assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [5]
+
+
+def test_processes_agree_on_the_step_of_the_next_state(monkeypatch):
+    """Process 0 (here: of 10 s a step) names it where all log; the other's clock does not count."""
+    now, said = [0.0], []
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(loop.jax, "process_count", lambda: 2)
+    due, other = loop._Due(1.0, 3), loop._Due(1.0, 3)
+    for step in range(4, 17):
+        now[0] += 10.0
+        monkeypatch.setattr(loop.multihost_utils, "broadcast_one_to_all",
+                            lambda x: said.append(int(x)) or x)  # fmt: skip
+        mine = due.at(step, agree=step in (5, 10))
+        monkeypatch.setattr(loop.multihost_utils, "broadcast_one_to_all", lambda _: said[-1])
+        now[0] += 1000.0
+        assert other.at(step, agree=step in (5, 10)) == mine
+        now[0] -= 1000.0
+        assert mine == (step in (9, 15)), step  # 60 s are over after 6 steps
+        if mine:
+            due.saved(step), other.saved(step)
+    assert said == [4, 5]
 
 
 def test_padding_of_unequal_ranks_stays_zero(params, windows, tmp_path):

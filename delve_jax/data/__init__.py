@@ -13,7 +13,7 @@ follows it, and the training step derives the segments from that.
 
 from .build import prepare
 from .catalog import listing
-from .pipeline import batches, mixture, training_set, windows
+from .pipeline import batches, mixture, text_hashes, training_set, windows
 from .text import (
     EOT,
     SPLITS,
@@ -58,6 +58,7 @@ __all__ = [
     "split",
     "split_of",
     "stdlib_documents",
+    "text_hashes",
     "train_bpe",
     "training_set",
     "windows",

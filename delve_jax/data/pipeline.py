@@ -7,6 +7,7 @@ A source is any random-access object of windows: len() and [i] -> int32 [T + 1].
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import hashlib
 import json
@@ -20,7 +21,7 @@ from ..config import DelveError, read_json
 from .build import MIXTURE
 from .text import data_hash, read_documents
 from .tokenizer import encode_documents, load_tokenizer, same_tokenizer
-from .tokens import MANIFEST, TokenFiles, open_tokens
+from .tokens import MANIFEST, TokenFiles, open_tokens, sha256_of
 
 _MASK = (1 << 64) - 1
 _ENDLESS = 1 << 56  # windows of a mixture: more than any run reads
@@ -281,6 +282,28 @@ def _items(items: Sequence[str | Path]) -> list[tuple[Path, float | None]]:
             out.append((path, weight))
     if twice := [path for path, _ in out if sum(path == other for other, _ in out) > 1]:
         raise DelveError(f"{twice[0]}: named twice; name it once, with a weight if need be")
+    return out
+
+
+def text_hashes(items: Sequence[str | Path]) -> dict[str, str]:
+    """{path: sha256} by which a resumed run knows its text: of files the bytes, of token folders
+    (those of a prepared mixture too) the shards, as the manifest says.
+
+    What is missing or damaged is left out: who reads the text names it.
+    """
+    out = {}
+    for item in items:
+        path = Path(item)
+        if not path.exists():  # PATH=WEIGHT
+            path = Path(str(item).rpartition("=")[0] or item)
+        for file in (path, path / MIXTURE, path / MANIFEST, *sorted(path.glob(f"*/{MANIFEST}"))):
+            if not file.is_file():
+                continue
+            with contextlib.suppress(DelveError, KeyError, TypeError, OSError):
+                if file.name == MANIFEST:
+                    out[str(file.parent)] = _hash([s["sha256"] for s in read_json(file)["shards"]])
+                else:
+                    out[str(file)] = sha256_of(file)
     return out
 
 

@@ -32,9 +32,10 @@ from .linear import (
 )
 
 # Beside its `Block` a family says: FACTORABLE and MLP, its maps in the order in which they run;
-# NORM, the kind of its final norm (layer, rms, or bare: no parameters); RESIDUAL, the outputs that
-# are added to the residual stream as they are, and where of the block the stream stands that
-# `compress.anchor` compares (in, out). `parents.register` adds families from outside.
+# NORM, the kind of its final norm (layer, rms, or bare: no parameters); KEEP_WIDE, ends of paths of
+# leaves that are not rounded to 16 bits (`kept_dtype`); RESIDUAL, the outputs that are added to the
+# residual stream as they are, and where of the block the stream stands that `compress.anchor`
+# compares (in, out). `parents.register` adds families from outside.
 FAMILY = {"mamba": mamba, "rwkv": rwkv, "neox": neox, "qwen3": qwen3}
 
 
@@ -229,15 +230,29 @@ def init_params(cfg: Config, key: jax.Array) -> dict:
     return cast(params, jnp.float32)  # under x64 they are float64
 
 
-def cast(params: dict, dtype) -> dict:
-    """Arrays or shapes in `dtype`; integers and the scales that belong to them stay what they are.
+def kept_dtype(path: str, stored, asked) -> jnp.dtype:
+    """The dtype in which the leaf at `path` ("layers/A_log") is kept where `asked` is asked for.
 
-    Both are part of a storage form: a scale in bfloat16 would cost as much as its int8 factors do.
+    Integers and the scales that belong to them stay what they are: both are part of a storage form,
+    and a scale in bfloat16 would cost as much as its int8 factors do. Decays (the families'
+    KEEP_WIDE) and a DELVE's pool, all of which models compute with in float32, are not rounded to
+    fewer bits.
     """
+    stored, asked = jnp.dtype(stored), jnp.dtype(asked)
+    if path.endswith("q_scale") or not jnp.issubdtype(stored, jnp.floating):
+        return stored
+    names = [f"/{name}" for family in FAMILY.values() for name in family.KEEP_WIDE]
+    if path.endswith(tuple(names)) or path.startswith("pool/"):
+        return jnp.promote_types(asked, jnp.float32) if stored.itemsize >= 4 else asked
+    return asked
 
-    def one(path, a):
-        keep = path[-1].key == "q_scale" or not jnp.issubdtype(a.dtype, jnp.floating)
-        new = a.dtype if keep else jnp.dtype(dtype)
+
+def cast(params: dict, dtype) -> dict:
+    """Arrays or shapes in `dtype`, but for what `kept_dtype` excepts."""
+
+    def one(keys, a):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        new = kept_dtype(path, a.dtype, dtype)
         return a.astype(new) if hasattr(a, "astype") else jax.ShapeDtypeStruct(a.shape, new)
 
     return jax.tree_util.tree_map_with_path(one, params)

@@ -16,6 +16,7 @@ FACTORABLE = ("in_proj", "out_proj")  # x_proj and dt_proj are narrow already
 MLP = ()  # no neurons to prune
 RESIDUAL = {"out_proj": "out"}
 NORM = "rms"
+KEEP_WIDE = ("A_log", "D", "dt_proj/bias")  # half precision here moves the decay itself
 
 
 def causal_conv(u_BTE, kernel_WE, bias_E, state_BWE, segments_BT=None):

@@ -16,6 +16,7 @@ FACTORABLE = ("att/qkv", "att/out", "mlp/up", "mlp/down")
 MLP = ("mlp/up", "mlp/down")  # the last reads the neurons that the others make
 RESIDUAL = {"att/out": "in", "mlp/down": "out"}
 NORM = "layer"
+KEEP_WIDE = ()
 
 
 class Attention(nn.Module):

@@ -17,6 +17,7 @@ FACTORABLE = ("att/q", "att/k", "att/v", "att/o", "mlp/gate", "mlp/up", "mlp/dow
 MLP = ("mlp/gate", "mlp/up", "mlp/down")  # the last reads the neurons that the others make
 RESIDUAL = {"att/o": "in", "mlp/down": "out"}
 NORM = "rms"
+KEEP_WIDE = ()
 
 
 class Attention(nn.Module):

@@ -20,6 +20,7 @@ FACTORABLE = (
 MLP = ("ffn/key", "ffn/value")  # the last reads the neurons that the others make
 RESIDUAL = {"att/output": "in"}  # what its channel mixing adds is gated
 NORM = "layer"
+KEEP_WIDE = ("att/time_decay", "att/time_first")
 FINAL_EPS = 1e-5  # ln_out ignores layer_norm_epsilon in every published implementation
 
 

@@ -4,7 +4,8 @@ One function each for training, prefill and one step; output and last state come
 state is at least float32. Where `starts_BT` is True the state before a token counts as empty, so
 documents packed into a row stay apart. "sequential" is the plain reference, "chunked" runs
 `lax.associative_scan` inside checkpointed chunks of `lax.scan`, so [B,T,E,N] is never held, "fused"
-is sequential with its own backward pass. `DEFAULT` is the measured choice per platform.
+is sequential with its own backward pass, "pallas" a kernel (`kernels.py`, not measured on an
+accelerator). `DEFAULT` is the measured choice per platform.
 """
 
 import functools
@@ -38,6 +39,8 @@ def _platform():
 
 def _choice(name, impl, chunk):
     best_impl, best_chunk = DEFAULT[_platform()][name]
+    if impl == "pallas":
+        return impl, chunk  # the kernels have chunks of their own
     return impl or best_impl, chunk or best_chunk
 
 
@@ -80,7 +83,8 @@ def selective_scan(
     """s_t = exp(dt A) s_{t-1} + dt u (x) B;  y_t = s_t C + D u  ->  (y_BTE, last state_BEN f32).
 
     `dt` after softplus, `A` = -exp(A_log). Exact (ZOH) in A, Euler in B, as in the reference code.
-    impl: "sequential", "fused", "chunked" or "associative" (one associative scan over all of T).
+    impl: "sequential", "fused", "chunked", "associative" (one associative scan over all of T) or
+    "pallas" (a kernel; not measured on an accelerator: not a default).
     """
     batch, T, e_dim = u_BTE.shape
     if impl is None and batch == 1 and _platform() == "cpu":
@@ -88,6 +92,12 @@ def selective_scan(
     impl, chunk = _choice("mamba", impl, chunk)
     if state_BEN is None:
         state_BEN = jnp.zeros((batch, e_dim, A_EN.shape[-1]), at_least_f32(u_BTE.dtype))
+    if impl == "pallas":
+        from . import kernels  # only here: importing Pallas takes time
+
+        return kernels.selective_scan(
+            u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, state_BEN, starts_BT, chunk=chunk
+        )
     u, dt, b, c = (wide(a).swapaxes(0, 1) for a in (u_BTE, dt_BTE, B_BTN, C_BTN))
     starts = _time_first(starts_BT)
 
@@ -217,10 +227,15 @@ def wkv(k_BTA, v_BTA, w_A, u_A, state=None, starts_BT=None, *, impl=None, chunk=
     """RWKV-4's attention, stabilised by a running maximum -> (wkv_BTA, state dict of [B,A] f32).
 
     wkv_t = (sum_{i<t} e^{(t-1-i)w + k_i} v_i + e^{u+k_t} v_t) / (the same without v); w < 0.
-    impl: "sequential" (`lax.scan` over tokens) or "chunked" (associative scan inside chunks).
+    impl: "sequential" (`lax.scan` over tokens), "chunked" (associative scan inside chunks) or
+    "pallas" (a kernel; not measured on an accelerator: not a default).
     """
     impl, chunk = _choice("wkv", impl, chunk)
     state = state or wkv_state(k_BTA.shape[0], k_BTA.shape[-1], at_least_f32(k_BTA.dtype))
+    if impl == "pallas":
+        from . import kernels
+
+        return kernels.wkv(k_BTA, v_BTA, w_A, u_A, state, starts_BT, chunk=chunk)
     k, v, w_A, u_A = (wide(a) for a in (k_BTA, v_BTA, w_A, u_A))
     k, v, starts = k.swapaxes(0, 1), v.swapaxes(0, 1), _time_first(starts_BT)
     carry = (state["a"], state["b"], state["p"])

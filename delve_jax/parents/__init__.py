@@ -44,7 +44,7 @@ _FORMATS = (  # in order of preference
 
 CONTRACT = (  # what the two modules of a family define, first models/NAME.py, then parents/NAME.py
     "FACTORABLE", "MLP", "RESIDUAL", "NORM", "Block", "init_layers", "init_state", "mixer_flops",
-    "context", "MODEL_TYPE", "ARCHITECTURE", "EMBED", "HEAD", "TIED_BY_DEFAULT", "KEEP_WIDE",
+    "KEEP_WIDE", "context", "MODEL_TYPE", "ARCHITECTURE", "EMBED", "HEAD", "TIED_BY_DEFAULT",
     "PAPER", "canonical", "check_names", "config", "stock", "rows",
 )  # fmt: skip
 

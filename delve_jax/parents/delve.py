@@ -177,7 +177,9 @@ def read_exported_delve(
         node = params
         for name in path[:-1]:
             node = node.setdefault(name, {})
-        node[path[-1]] = place(path, leaf if dtype is None else leaf.astype(dtype))
+        if dtype is not None:
+            leaf = leaf.astype(models.kept_dtype("/".join(path), leaf.dtype, dtype))
+        node[path[-1]] = place(path, leaf)
     tokenizer = src / "tokenizer.json"
     return cfg, params, tokenizer.read_text(encoding="utf-8") if tokenizer.exists() else None
 

@@ -176,7 +176,11 @@ def _hf_config(cfg: DelveConfig, layout: str, dtype: str, ids: dict) -> dict:
 
 
 def _write_delve(folder: Path, cfg, params, layout: str, tokenizer_json: str | None) -> None:
+    from ..lineage import public_source
+
     cfg, params = as_delve(cfg, params)
+    # paths of this machine are private, and of no use elsewhere
+    cfg = dataclasses.replace(cfg, teachers=tuple(map(public_source, cfg.teachers)))
     if layout == "dense":
         cfg, params = densify(cfg, params)
     ids = _special_ids(cfg, tokenizer_json)

@@ -13,7 +13,6 @@ ARCHITECTURE = "MambaForCausalLM"
 EMBED = "backbone.embeddings.weight"
 HEAD = "lm_head.weight"
 TIED_BY_DEFAULT = True
-KEEP_WIDE = ("A_log", "D", "dt_proj/bias")  # half precision here moves the decay itself
 PAPER = ("Mamba", "2312.00752")
 
 

@@ -15,7 +15,6 @@ ARCHITECTURE = "GPTNeoXForCausalLM"
 EMBED = "gpt_neox.embed_in.weight"
 HEAD = "embed_out.weight"
 TIED_BY_DEFAULT = False
-KEEP_WIDE = ()
 PAPER = ("GPT-NeoX-20B", "2204.06745")
 
 # buffers that old versions saved: causal mask, its fill value, rotary frequencies

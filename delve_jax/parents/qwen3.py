@@ -15,7 +15,6 @@ ARCHITECTURE = "Qwen3ForCausalLM"
 EMBED = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 TIED_BY_DEFAULT = False
-KEEP_WIDE = ()
 PAPER = ("Qwen3", "2505.09388")
 
 # fields of Llama 3's scaling, in the order of RopeScaling

@@ -15,7 +15,6 @@ ARCHITECTURE = "RwkvForCausalLM"
 EMBED = "rwkv.embeddings.weight"
 HEAD = "head.weight"
 TIED_BY_DEFAULT = False
-KEEP_WIDE = ("att/time_decay", "att/time_first")
 PAPER = ("RWKV", "2305.13048")
 
 _BLINK = (  # applied in order to names that do not start with "rwkv."

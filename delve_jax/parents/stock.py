@@ -19,11 +19,11 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from .. import checkpoint, parallel
+from .. import checkpoint, models, parallel
 from ..config import Config, DelveError, ParentConfig, read_json
 from . import mamba, neox, qwen3, rwkv
 from .io import SAFE_NAMES, SHARD_BYTES, Source, weight_files, write_safetensors
-from .rows import Fields, Row, copy
+from .rows import Fields, Row, copy, finite
 
 FAMILIES = {"mamba": mamba, "rwkv": rwkv, "neox": neox, "qwen3": qwen3}
 MODEL_TYPES = {module.MODEL_TYPE: name for name, module in FAMILIES.items()}
@@ -177,12 +177,11 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _target(family, row: Row, stored: np.dtype, asked: np.dtype | None) -> np.dtype:
+def _target(row: Row, stored: np.dtype, asked: np.dtype | None) -> np.dtype:
     """The dtype a tensor is kept in: its own, or the asked one where that is safe."""
     if asked is None:
         return np.dtype(np.float32) if stored == np.float64 else stored
-    wide = row.path.endswith(tuple(f"/{name}" for name in family.KEEP_WIDE))
-    return stored if wide and asked.itemsize < stored.itemsize == 4 else asked
+    return models.kept_dtype(row.path, stored, asked)
 
 
 def _reader(source: Source, row: Row, n_layers: int, dtype: np.dtype) -> Callable:
@@ -192,7 +191,7 @@ def _reader(source: Source, row: Row, n_layers: int, dtype: np.dtype) -> Callabl
         piece = source.read(name, row.theirs_index(index))
         with np.errstate(over="ignore"):
             copy(out, row.to_ours(piece))
-        if not np.isfinite(out).all():
+        if not finite(out):
             file = source.tensors[name].file
             if not np.isfinite(piece).all():
                 raise DelveError(f"{file}: tensor {name} holds NaN or Inf")
@@ -222,7 +221,7 @@ def load_stock(path: Path, dtype: str | None = None, mesh=None):
     for row in family.rows(cfg):
         names = [row.name.format(i=i) for i in range(cfg.n_layers if row.stacked else 1)]
         stored = max((source.tensors[n].dtype for n in names), key=lambda t: t.itemsize)
-        kept = _target(family, row, stored, DTYPES[dtype] if dtype else None)
+        kept = _target(row, stored, DTYPES[dtype] if dtype else None)
         shape = (cfg.n_layers, *row.ours) if row.stacked else row.ours
         plan[row.path] = (row, jax.ShapeDtypeStruct(shape, kept))
     if cfg.dtype == "float64":

@@ -80,11 +80,13 @@ def make(
     eot: int | None = None,
     how: Compute = models.F32,
     seed: int = 0,
+    data_hash: str | None = None,
 ) -> Cache:
     """The cache of a run, made or finished: what `frozen`'s pool says to dataset[0 .. steps - 1].
 
-    DelveError: the folder holds the cache of another run: other rows at step 0 (which stand for all
-    of the data), other teachers, weights, document boundaries or dtype.
+    data_hash: of all text that the dataset is drawn from. DelveError: the folder holds the cache of
+    another run: other text or order (which the rows at step 0 tell), other teachers, weights,
+    document boundaries or dtype.
     """
     folder = Path(folder)
     first = np.ascontiguousarray(dataset[0], np.int32)
@@ -95,15 +97,17 @@ def make(
     for leaf in jax.tree.leaves(frozen["teachers"]):  # another parent of the same sizes differs
         digest.update(np.asarray(leaf.reshape(-1)[:64], np.float32).tobytes())
     facts = {
+        "data": data_hash,
         "first_rows": hashlib.sha256(first.tobytes()).hexdigest(),
         "teachers": digest.hexdigest(),
         "rows": rows, "T": T, "samples": SAMPLES, "seed": seed, "id_dtype": id_dtype,
     }  # fmt: skip
     record = folder / "cache.json"
     known = read_json(record) if record.exists() else facts | {"steps": 0}
-    if {k: v for k, v in known.items() if k != "steps"} != json.loads(json.dumps(facts)):
+    if odd := sorted(k for k in facts if k not in known or known[k] != facts[k]):
         raise DelveError(
-            f"{folder}: holds the teachers' answers of another run; name another --teacher-cache"
+            f"{folder}: holds the teachers' answers of another run (its {odd[0]} differ); name "
+            "another --teacher-cache"
         )
     folder.mkdir(parents=True, exist_ok=True)
     # a longer run takes over what a shorter one made: its steps are the first ones of this

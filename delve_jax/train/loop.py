@@ -9,6 +9,7 @@ and exits 0.
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import sys
 import threading
@@ -175,14 +176,17 @@ def fit(
         if log:
             stack.enter_context(log).rewind(start)
         bar.update(start)
-        clock = _Clock(start)
-        pending, saved_at = None, time.monotonic()
+        clock, due = _Clock(start), _Due(saving.minutes, start)
+        pending, before = None, ()
         for i, rows in zip(range(start, steps), _prefetched(dataset, start, steps), strict=True):
             batch = jax.tree.map(lambda a: _placed(mesh, np.asarray(a), accumulate), rows)
             tokens = objective.tokens_of(batch)
             per_step = tokens.size // tokens.shape[-1] * (tokens.shape[-1] - 1)
             clock.waited()
             state, metrics = step_fn(state, frozen, batch, np.int32(i))
+            # one step is queued and one runs: the host's clock is the run's, and no device waits
+            jax.block_until_ready(before)
+            before = metrics
             bar.update(1)
             n = i + 1
             # the numbers of a step are read once the next one is under way: no device waits
@@ -194,10 +198,10 @@ def fit(
             if n == steps:
                 _report(log, bar, clock, per_step, *pending)
             stop = n < steps and terminated.at(n)
-            due = pending and _agreed(time.monotonic() - saved_at > 60 * saving.minutes)
-            if n < steps and (stop or due or n % saving.every == 0):
+            late = due.at(n, agree=pending is not None)
+            if n < steps and (stop or late or n % saving.every == 0):
                 _save(states, n, state, last=stop)
-                saved_at = time.monotonic()
+                due.saved(n)
             if stop:
                 if pending:  # else its line is missing: a resumed run begins behind it
                     _report(log, bar, clock, per_step, *pending)
@@ -230,13 +234,6 @@ def _finish(states: checkpoint.Steps) -> None:
         say(f"{err}; older states stand")
 
 
-def _agreed(due: bool) -> bool:
-    """Process 0's clock decides for all."""
-    if jax.process_count() == 1:
-        return due
-    return bool(multihost_utils.broadcast_one_to_all(np.bool_(due)))
-
-
 def _save(states: checkpoint.Steps, step: int, state, last: bool) -> None:
     """Start writing a state. A write that fails costs that state only: the run goes on, and says
     so; the one before a stop must succeed."""
@@ -251,6 +248,32 @@ def _save(states: checkpoint.Steps, step: int, state, last: bool) -> None:
             say(f"{err}; training goes on, the last good state is {where}")
     if last:
         states.wait()
+
+
+class _Due:
+    """Whether a state is due by the clock: asked on every step.
+
+    Of several processes, process 0 says at every logged step at which one it will be, at the pace
+    since the last state; between these nobody waits for a message, and all decide alike.
+    """
+
+    def __init__(self, minutes: float, step: int):
+        self.seconds = 60 * minutes
+        self.saved(step)
+
+    def saved(self, step: int) -> None:
+        self.step, self.since, self.agreed = step, time.monotonic(), None
+
+    def at(self, step: int, agree: bool) -> bool:
+        """agree: a step at which all processes call this with True."""
+        spent = time.monotonic() - self.since
+        if jax.process_count() == 1:
+            return spent > self.seconds
+        if agree:
+            pace = max(spent / max(1, step - self.step), 1e-9)
+            left = math.ceil(min(max(0.0, self.seconds - spent) / pace, 1e9))
+            self.agreed = step + int(multihost_utils.broadcast_one_to_all(np.int32(left)))
+        return self.agreed is not None and step >= self.agreed
 
 
 class _Clock:

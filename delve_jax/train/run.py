@@ -312,6 +312,7 @@ def heal(
     terms: Terms = Terms(),  # noqa: B008  (frozen)
     weights: list[float] | None = None,
     teacher_cache: Path | None = None,
+    read: dict | None = None,
 ) -> tuple[dict, dict]:
     """-> (healed parameters, report); an interrupted run resumes from `workdir`.
 
@@ -320,7 +321,8 @@ def heal(
     of their log-linear pool (None: fitted on the first windows, which can sharpen a lone teacher).
     The list of teachers is shortened: those without weight go where only the pool is asked, and all
     where teacher_cache, a folder of samples of what they say (`cache`), is made before the first
-    step; they are no part of the compiled step.
+    step; they are no part of the compiled step. read: facts of the text that open_data leaves when
+    it is called; by its data_hash a cache knows the text.
     """
     settings, terms = settings.checked(mesh), terms.checked()
     if settings.trains != "all" and cfg.family != "delve":
@@ -353,6 +355,7 @@ def heal(
             Path(teacher_cache) / f"{shard}-of-{shards}", dataset, settings.steps(T), configs,
             frozen, eot=None if settings.across_documents else eot,
             how=Compute(dtype=settings.compute), seed=settings.seed,
+            data_hash=(read or {}).get("data_hash"),
         )  # fmt: skip
         dataset, frozen = found.joined(dataset), ()
         teachers.clear()  # their weights are freed

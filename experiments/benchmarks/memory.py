@@ -45,7 +45,8 @@ def config():
         "rwkv": RwkvConfig(V, V, D, 8, d_att=D, d_ffn=4 * D),
         "pythia": NeoxConfig(V, V, D, 8, n_heads=8, d_ffn=4 * D),
     }  # fmt: skip
-    return fuse.joint_config([(n, presets._uniform(p, KEEP)) for n, p in parents.items()])
+    factored = [(n, presets._uniform(p, KEEP)) for n, p in parents.items()]
+    return fuse.joint_config(factored, connectors="hub")
 
 
 def status(field):

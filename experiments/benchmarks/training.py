@@ -65,39 +65,11 @@ def config(name, T):
 
 def torch_model(cfg, params):
     """The transformers model of this config with these weights, in training mode."""
-    if cfg.family == "qwen3":
-        model = transformers.Qwen3ForCausalLM(
-            transformers.Qwen3Config(
-                vocab_size=V, hidden_size=D, intermediate_size=cfg.d_ffn,
-                num_hidden_layers=cfg.n_layers, num_attention_heads=cfg.n_heads,
-                num_key_value_heads=cfg.n_kv_heads, head_dim=cfg.head_dim,
-                rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
-                rms_norm_eps=cfg.norm_eps, tie_word_embeddings=False, attention_bias=False,
-            )
-        )  # fmt: skip
-        tensors = {
-            "model.embed_tokens.weight": params["embed"]["kernel"],
-            "model.norm.weight": params["norm_f"]["scale"],
-            "lm_head.weight": params["head"]["kernel"].T,
-        }
-        for i in range(cfg.n_layers):
-            at, layer = f"model.layers.{i}.", jax.tree.map(lambda a, i=i: a[i], params["layers"])
-            tensors[at + "input_layernorm.weight"] = layer["ln1"]["scale"]
-            tensors[at + "post_attention_layernorm.weight"] = layer["ln2"]["scale"]
-            for map_ in "qkvo":
-                tensors[f"{at}self_attn.{map_}_proj.weight"] = layer["att"][map_]["kernel"].T
-            for norm in ("q_norm", "k_norm"):
-                tensors[f"{at}self_attn.{norm}.weight"] = layer["att"][norm]["scale"]
-            for map_ in ("gate", "up", "down"):
-                tensors[f"{at}mlp.{map_}_proj.weight"] = layer["mlp"][map_]["kernel"].T
-        tensors = {name: torch.tensor(np.asarray(a)) for name, a in tensors.items()}
-        model.load_state_dict(tensors, strict=True)
-    else:
-        with tempfile.TemporaryDirectory() as place:
-            export_stock(cfg, params, Path(place) / "model")
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                Path(place) / "model", dtype=torch.float32
-            )
+    with tempfile.TemporaryDirectory() as place:
+        export_stock(cfg, params, Path(place) / "model")
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            Path(place) / "model", dtype=torch.float32
+        )
     return model.float().train()
 
 

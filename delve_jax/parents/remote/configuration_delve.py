@@ -25,7 +25,7 @@ class DelveConfig(PretrainedConfig):
         streams=None,
         n_superblocks=1,
         latents=1,
-        connectors="hub",
+        connectors="none",
         hub_rank=8,
         gate_proj=32,
         gate_hidden=64,
