@@ -171,7 +171,9 @@ def _decode(
     def ended(token_B):
         return (token_B[:, None] == jnp.array(stop, jnp.int32)).any(-1)
 
-    logits, state = models.forward(cfg, params, tokens_BT, state, mask_BT)
+    f, state = models.features(cfg, params, tokens_BT, state, mask_BT)
+    # the head of a prompt's last position only: all of them would be most of a small model's work
+    logits = models.head(cfg, params, jax.tree.map(lambda a: a[:, -1:], f))
     keys = jax.random.split(key, n)
     first = pick(logits[:, -1], keys[0])
     new_nB = jnp.broadcast_to(first, (n, len(first)))

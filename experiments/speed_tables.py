@@ -50,10 +50,10 @@ def decode() -> str:
     first = r["rows"][0]
     return "\n".join([
         f"float32, {len(r['machine']['cores'])} cores, {first['prompt']} tokens of prompt, "
-        f"{first['new']} new ones; bars in brackets, missed ones bold. A step is a token of every row, prefill left "
-        "out; a call has it. The bound is the bytes of a step over the bandwidth of the same run, "
-        "where the weights are 4 times the last-level cache; the DELVE keeps "
-        f"{r['keep']} of its parents:", "",
+        f"{first['new']} new ones; bars in brackets, missed ones bold. A step is a token of every "
+        "row, prefill left out; a call has it. The bound is the bytes of a step over the "
+        "bandwidth of the same run, where the weights are 4 times the last-level cache; the DELVE "
+        f"keeps {r['keep']} of its parents:", "",
         *table(("family", "width", "batch", "parameters", "ours, tokens/s",
                  "transformers, tokens/s", "step", "call", "of the bound"), rows),
     ])  # fmt: skip
@@ -73,7 +73,8 @@ def prefill() -> str:
     ]  # fmt: skip
     missing = sorted({x["missing"] for x in r["rows"] if "missing" in x})
     text = [
-        "Tokens/s of one row, float32; ratio to the fastest eager peer, its bar in brackets, bold if missed:", "",
+        "Tokens/s of one row, float32; ratio to the fastest eager peer, its bar in brackets, bold "
+        "where missed:", "",
         *table(("family", "width", "T", "ours", *peers, "ratio"), rows),
     ]  # fmt: skip
     return "\n".join(text + ["", f"Not installed there: {', '.join(missing)}."] * bool(missing))
@@ -110,7 +111,8 @@ def loading() -> str:
         return NOT_MEASURED
     rows = [
         (x["case"], f"{x['bytes'] / 1e6:,.0f} MB", f"{x['bytes_per_second']['load'] / 1e9:.2f}",
-         f"{x['bytes_per_second']['plain read'] / 1e9:.2f}", _met(x["ratio"], r["bar"]))
+         f"{x['bytes_per_second']['plain read'] / 1e9:.2f}",
+         _met(x["ratio"], x["bar"]) if x["bar"] else f"{x['ratio']:.2f}")
         for x in r["rows"] if "ratio" in x
     ]  # fmt: skip
     text = table(("what", "size", "load, GB/s", "plain read, GB/s", "ratio"), rows) if rows else []

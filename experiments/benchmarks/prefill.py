@@ -23,15 +23,16 @@ import tempfile
 from pathlib import Path
 
 import decode
+import jax
 import numpy as np
 import torch
 import transformers
-from decode import FAMILIES, LOST, WIDTHS, V, weights
+from decode import FAMILIES, LOST, WIDTHS, V
 from training import torch_model
 from turns import add_row, bars, old_rows, summary, turns, write
 
+from delve_jax import models
 from delve_jax.lm import LM
-from delve_jax.models import count
 
 LENGTHS = (256, 1024)
 BARS = {
@@ -92,7 +93,7 @@ def of_rwkv(model, ids_BT):
 def measure(name, D, T, repeats):
     """One row: all sides' times in turn, and how far their logits are from ours."""
     cfg = decode.config(name, D)
-    params = weights(cfg)
+    params = jax.jit(functools.partial(models.init_params, cfg))(jax.random.key(0))
     prompt_BT = np.random.default_rng(0).integers(1, V, (1, T)).astype(np.int32)
     lm, ids_BT = LM(cfg, params), torch.tensor(prompt_BT).long()
     model = functools.partial(torch_model, cfg, params)
@@ -118,7 +119,7 @@ def measure(name, D, T, repeats):
     median = found["seconds"]
     best = min(eager, key=median.get)
     row = {
-        "family": name, "d_model": D, "T": T, "batch": 1, "parameters": count(cfg),
+        "family": name, "d_model": D, "T": T, "batch": 1, "parameters": models.count(cfg),
         "ratio": median[best] / median["ours"], "best": best, "bar": BARS[name, T],
         "ratios": {side: median[side] / median["ours"] for side in sides if side != "ours"},
         "tokens_per_second": {side: T / s for side, s in median.items()}, **found, "apart": apart,
