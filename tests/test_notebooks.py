@@ -185,9 +185,9 @@ def test_inspect(executed):
     assert pictures == 3
     look = json.loads((out / "inspect" / "inspect.json").read_text())
     assert set(look["streams"]) == set(look["parents"]) == set(PARENTS)
-    start, healed = (line for line in said.splitlines() if "a hub update is at most" in line)
-    assert start.startswith("step 0") and "0.0000 of its stream" in start
-    assert "0.0000 of its stream" not in healed
+    start, healed = (line for line in said.splitlines() if "a gate weight moves" in line)
+    assert start.startswith("step 0") and "by up to 0.0000 (" in start
+    assert "by up to 0.0000 (" not in healed
     parts = json.loads((out / "parts.json").read_text())
     for model in ("healed as a whole", "healed with parts left out"):
         subsets = {tuple(p["streams"]): p for p in parts["subsets"] if p["model"] == model}

@@ -342,13 +342,15 @@ def test_through_a_compressed_parent(form):
 @pytest.mark.parametrize("form", ["pivot", "int8"])
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float32"])
 def test_a_checkpoint_keeps_the_form(form, dtype, made, tmp_path):
-    """Integers and their scales are never cast; a cast checkpoint is cast in its factors only."""
+    """Integers, their scales and RWKV's decays are never cast."""
     cfg, params = storage.convert(RWKV, made["rwkv"], form)
     checkpoint.save(tmp_path / "ckpt", cfg, params)
     again, restored = checkpoint.restore(tmp_path / "ckpt", dtype=dtype)
     assert again == cfg
     for path, leaf in jax.tree_util.tree_leaves_with_path(restored):
-        kept = jnp.issubdtype(leaf.dtype, jnp.integer) or path[-1].key == "q_scale"
+        kept = jnp.issubdtype(leaf.dtype, jnp.integer) or path[-1].key in (
+            "q_scale", "time_decay", "time_first"
+        )  # fmt: skip
         assert leaf.dtype == (jnp.float32 if dtype is None else dtype) or kept
     if dtype != "bfloat16":
         assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), restored, params))
