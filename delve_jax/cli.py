@@ -122,7 +122,7 @@ def parser() -> Parser:
     p.add_argument("--latents", type=int, default=1, metavar="J", help="1: log-linear pool; 0: "
                    "mixture, one latent per parent; between: a mixture of J pools")  # fmt: skip
     p.add_argument("--connectors", default="none", metavar="KIND",
-                   help="what a stream hears of the others: hub, cross, self or none")  # fmt: skip
+                   help="what a stream hears: none (default), hub, cross or self")  # fmt: skip
     p.add_argument("--hub-rank", type=int, help="of the hub's maps; default: width / 16")
     p.add_argument("--ffn-skip", type=float, default=0.0, metavar="WEIGHT",
                    help="routers: a token skips FFNs that they give less (say 0.5)")  # fmt: skip

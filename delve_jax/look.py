@@ -150,7 +150,7 @@ def info(src) -> dict:
         "latents": cfg.latents,
         "superblocks": cfg.n_superblocks,
         "connectors": cfg.connectors,
-        "hub_rank": cfg.hub_rank,
+        "hub_rank": None if cfg.connectors == "none" else cfg.hub_rank,
         "pool": dict(zip(cfg.names, weights.tolist(), strict=True)),
         "streams": {
             n: {"family": s.family, "layers": s.n_layers, "width": s.d_model,

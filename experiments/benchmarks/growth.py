@@ -13,17 +13,15 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax starts
 
-import argparse
 import dataclasses
 import functools
 import itertools
 import time
-from pathlib import Path
 
 import decode
 import jax
 import numpy as np
-from turns import COLOURS, add_row, old_rows, summary, turns, write
+from turns import COLOURS, add_row, arguments, old_rows, summary, turns, write
 
 from delve_jax import models, parallel, presets
 from delve_jax.train import objective
@@ -172,12 +170,10 @@ def picture(rows, file):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=AXES, default=tuple(AXES), metavar="AXIS")
+    parser = arguments(__doc__, "growth_cpu", AXES, "AXIS")
+    parser.set_defaults(repeats=5)  # 3 of what takes over 8 s
     parser.add_argument("--families", nargs="+", choices=decode.FAMILIES, default=decode.FAMILIES)
     parser.add_argument("--longest", type=int, default=LONGEST["recurrent"], help="tokens of a row")
-    parser.add_argument("--repeats", type=int, default=5, help="3 of what takes over 8 s")
-    parser.add_argument("--out", type=Path, default=Path("experiments/results/growth_cpu.json"))
     flags = parser.parse_args()
     rows, start = old_rows(flags.out), time.time()
     for axis, family in itertools.product(flags.only, flags.families):

@@ -5,14 +5,13 @@ Two CPU cores. `parents.load` of safetensors directories and of checkpoints, arr
 beside `read_bytes` of the same files; all in the page cache, sides in turn, float32 weights of 0.4
 to 0.5 GB (and one directory of half of it in bfloat16, kept so). Bar: 0.7 of the plain read.
 Start-up in processes of their own beside one that does nothing; bars: `import delve_jax` 0.3 s,
-`delve --help` 0.5 s. Not yet run on a quiet machine.
+`delve --help` 0.5 s.
 """
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax starts
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -27,7 +26,7 @@ import decode
 import jax
 import jax.numpy as jnp
 import numpy as np
-from turns import add_row, bars, old_rows, summary, turns, write
+from turns import add_row, arguments, bars, old_rows, summary, turns, write
 
 from delve_jax import checkpoint, models, parents
 
@@ -130,12 +129,8 @@ def picture(rows, file):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     every = (*CASES, "start-up")
-    parser.add_argument("--only", nargs="+", choices=every, default=every, metavar="CASE")
-    parser.add_argument("--repeats", type=int, default=7, help="at least 5; medians are reported")
-    parser.add_argument("--out", type=Path, default=Path("experiments/results/loading_cpu.json"))
-    flags = parser.parse_args()
+    flags = arguments(__doc__, "loading_cpu", every, "CASE").parse_args()
     rows = old_rows(flags.out)
     for name in flags.only:
         make = functools.partial(measure, name, flags.repeats)

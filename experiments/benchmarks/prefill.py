@@ -5,7 +5,7 @@ Two CPU cores, float32, one row, random weights, vocabulary 4,096. Peers: transf
 torch.compile for the attention families at 256), its mamba with mambapy's parallel scan, the
 `rwkv` package; the last two where they are installed (pip install --no-deps mambapy rwkv).
 Bars, against the fastest eager one: neox and qwen3 1.0, mamba 1.5, rwkv 2 at 256 tokens, 4 at
-1,024. Not yet run on a quiet machine.
+1,024. Run at width 512 so far, without mamba, mambapy and the `rwkv` package.
 """
 
 import os
@@ -14,7 +14,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before jax starts
 os.environ.setdefault("RWKV_JIT_ON", "1")  # the package's own default, its faster way
 os.environ.setdefault("RWKV_CUDA_ON", "0")
 
-import argparse
 import functools
 import importlib.metadata
 import importlib.util
@@ -26,10 +25,9 @@ import decode
 import jax
 import numpy as np
 import torch
-import transformers
 from decode import FAMILIES, LOST, WIDTHS, V
 from training import torch_model
-from turns import add_row, bars, old_rows, summary, turns, write
+from turns import add_row, arguments, bars, old_rows, quiet_torch, summary, turns, write
 
 from delve_jax import models
 from delve_jax.lm import LM
@@ -147,15 +145,10 @@ def picture(rows, file):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser = arguments(__doc__, "prefill_cpu", FAMILIES)
     parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS, help="D")
-    parser.add_argument("--repeats", type=int, default=7, help="at least 5; medians are reported")
-    parser.add_argument("--out", type=Path, default=Path("experiments/results/prefill_cpu.json"))
     flags = parser.parse_args()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_torch()
     found = {
         p: importlib.metadata.version(p) for p in PEERS.values() if importlib.util.find_spec(p)
     }

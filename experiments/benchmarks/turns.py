@@ -4,6 +4,7 @@ Sides of a comparison are called one after the other, again and again, so that a
 all of them alike. No command of its own.
 """
 
+import argparse
 import concurrent.futures
 import json
 import os
@@ -19,6 +20,26 @@ from delve_jax.metrics import versions
 
 CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44")
+
+
+def arguments(doc: str, result: str, only, metavar: str | None = None) -> argparse.ArgumentParser:
+    """The flags that all have; doc: the script's docstring, result: name of its JSON."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=tuple(only), default=tuple(only),
+                        metavar=metavar, help="measure these; other rows stay")  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=7, help="at least 5; medians are reported")
+    parser.add_argument("--out", type=Path, default=Path(f"experiments/results/{result}.json"))
+    return parser
+
+
+def quiet_torch() -> None:
+    """PyTorch on all cores of this process; transformers without bars and warnings."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def turns(sides: dict, repeats: int) -> tuple[dict, dict]:
