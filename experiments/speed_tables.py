@@ -120,7 +120,7 @@ def loading() -> str:
         if "bars" in x:
             took = ", ".join(f"{name} {_met(x['seconds'][key], x['bars'][key], least=False)} s"
                              for name, key in (("`import delve_jax`", "import"),
-                                               ("`delve --help`", "help")))  # fmt: skip
+                                               ("help of `delve`", "help")))  # fmt: skip
             alone = x["seconds"]["python alone"]
             text += ["", f"Start-up: {took}; Python alone {alone:.2f} s."]
     return "\n".join(["Files in the page cache; bars in brackets, missed ones bold:", "", *text])

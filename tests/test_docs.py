@@ -126,6 +126,8 @@ def flags_of(script: Path) -> frozenset[str]:
     }  # fmt: skip
     if not found:
         found = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
+    if "arguments(__doc__" in script.read_text():  # the flags that benchmarks share
+        found |= flags_of(script.with_name("turns.py"))
     if script.stem.startswith("upcycle_"):
         found |= flags_of(script.with_name("tiers.py"))
     if script.stem in PASS_ON:
@@ -135,7 +137,7 @@ def flags_of(script: Path) -> frozenset[str]:
 
 def has_help(script: Path) -> bool:
     """Whether its flags are argparse's."""
-    return "ArgumentParser(" in script.read_text()
+    return ".parse_args(" in script.read_text()
 
 
 @pages

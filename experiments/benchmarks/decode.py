@@ -135,8 +135,8 @@ def measure(name, D, B, repeats):
     prompt_BT = np.random.default_rng(0).integers(1, V, (B, PROMPT)).astype(np.int32)
     lm = LM(cfg, params)
     sides = {"ours": lambda n: np.asarray(lm.generate(prompt_BT, n))}
-    # an exported DELVE is our own code on their side; their rwkv writes other tokens in a batch than
-    # alone (its rows do not pass `checked`)
+    # an exported DELVE is our own code on their side; their rwkv writes other tokens in a batch
+    # than alone: its rows do not pass `checked`
     if name != "delve" and (name != "rwkv" or B == 1):
         sides["transformers"] = theirs(cfg, params, prompt_BT)
     calls = {
