@@ -100,14 +100,18 @@ def together(budget, seed, names=NAMES):
     place = WORK / "together" / f"{budget}-s{seed}-{'+'.join(names)}"
     if not place.exists():
         parts = [joint.Part(name, _source(name), calibration(seed)) for name in names]
-        work = WORK / "spectra" / f"s{seed}"
-        out = joint.compress(parts, budget, work, seed=seed)
+        out = joint.compress(parts, budget, spectra_folder(seed, names), seed=seed)
         made = [(n, dataclasses.replace(c, dtype="float32"), p) for n, c, p in out.parents]
         cfg, params, _ = fuse.fuse(made, shared=True, connectors="none")
         checkpoint.save(place, cfg, params, dense(names[0])[2], extra={"joint.json": out.report})
     cfg, params = checkpoint.restore(place)
     streams = delve.whole(cfg, params)
     return [(name, sub, streams[name]) for name, sub in cfg.streams]
+
+
+def spectra_folder(seed, names=NAMES):
+    """Where what `joint.compress` goes on from stands; its curve of the codes is of all `names`."""
+    return WORK / "spectra" / "-".join([f"s{seed}", *(names if tuple(names) != NAMES else ())])
 
 
 def _source(name):
@@ -235,6 +239,7 @@ class Results:
             if (row["cell"], row["seed"]) == (cell, seed):
                 return row
         row = {"cell": cell, "seed": seed, **make(), "code": code_hash()}
+        row["device"] = jax.devices()[0].device_kind
         self.rows.append(row)
         self.save()
         print(json.dumps({k: v for k, v in row.items() if not k.endswith("_each")}), flush=True)

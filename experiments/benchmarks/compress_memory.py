@@ -1,12 +1,13 @@
 """Is one layer all that `delve compress` holds? Bars: 6 GiB at 1.4 B, 8 GiB for a block of 7B.
 
-python experiments/benchmarks/compress_memory.py [--only ROW ...] [--fresh]
+python experiments/benchmarks/compress_memory.py [--only ROW ...] [--fresh] [--accelerator N]
 Parents have the real shapes, random weights and Hugging Face's files, made here in a temporary
 folder. mamba-1.4b: all 48 layers are in the files, 6 are run, and the times of 48 are extrapolated;
 the 7B parents have one layer and both tables. Keep 0.5, 4,096 calibration tokens (7B: 1,024; their
 activations are on disk), the command line in a process of its own: ru_maxrss is its peak, of which
 `anonymous` is what it really holds and `mapped` files that the system can drop. Rows that stand in
-the results are not run again.
+the results are not run again. --accelerator runs N layers of mamba-1.4b (48: all) on JAX's default
+device with the command line's own 65,536 tokens; its rows go to results/compress_accelerator.json.
 Result: mamba-1.4b 3.68 GiB (before pass 2 was on by default). rwkv-4-7b was stopped in `curves`
 after 88 minutes of half a core: see results/compress_memory_tries.json.
 """
@@ -33,7 +34,9 @@ from delve_jax.parents.io import write_safetensors
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "compress_memory.json"
 GIB = 2**30
-KEEP = 0.5
+ACCELERATOR = RESULTS.with_name("compress_accelerator.json")
+KEEP, TOKENS, WHOLE = 0.5, 65_536, "mamba-1.4b"  # TOKENS: the default of `delve compress`
+BAR_SECONDS = 240  # of the whole WHOLE on an accelerator
 # row: (preset, layers in the files, layers that are run, calibration tokens, bar in GiB)
 ROWS = {
     "mamba-1.4b": ("mamba-1.4b", 48, 6, 4096, 6),
@@ -163,8 +166,11 @@ def child(src, dst, run, tokens):
     start = time.time()
     code = cli.main(["compress", src, dst, "--keep", str(KEEP), "--calibrate", f"{src}/text.txt",
                      "--calibrate-tokens", str(tokens)])  # fmt: skip
+    import jax
+
     print(json.dumps({
         "exit": code,
+        "device": jax.devices()[0].device_kind,
         "seconds": round(time.time() - start, 1),
         "cpu_seconds": round(time.process_time(), 1),
         "peak_rss": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
@@ -179,12 +185,12 @@ def child(src, dst, run, tokens):
 # ---- rows ----------------------------------------------------------------------------------------
 
 
-def measure(name, place):
-    """One row of the results."""
-    preset, layers, run, tokens, bar = ROWS[name]
+def measure(name, place, row=None):
+    """One row of the results; `row`, like one of ROWS, runs on JAX's default device."""
+    preset, layers, run, tokens, bar = row or ROWS[name]
     src, dst = place / "parent", place / "small"
-    size = make(src, preset, layers, tokens)
-    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    size = make(src, preset, run if row else layers, tokens)
+    env = os.environ if row else {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, __file__, "--child", str(src), str(dst), str(run),
          str(tokens)],
@@ -211,14 +217,31 @@ def measure(name, place):
     }  # fmt: skip
 
 
+def accelerated(run):
+    """One row more of the time that an accelerator takes for `run` layers of WHOLE."""
+    preset, layers, _, _, bar = ROWS[WHOLE]
+    with tempfile.TemporaryDirectory(prefix="delve-memory-") as place:
+        row = measure(f"{WHOLE}, {run} layers", Path(place), (preset, layers, run, TOKENS, bar))
+    row |= {"bar_seconds": BAR_SECONDS, "met": row["seconds_all_layers"] <= BAR_SECONDS}
+    known = json.loads(ACCELERATOR.read_text())["rows"] if ACCELERATOR.exists() else []
+    rows = [r for r in known if r["row"] != row["row"]] + [row]
+    command = f"python experiments/benchmarks/compress_memory.py --accelerator {run}"
+    ACCELERATOR.write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
+    print(f"{row['row']} on {row['device']}: {row['seconds']:.0f} s, all {layers} layers "
+          f"{row['seconds_all_layers']} s (bar {BAR_SECONDS})")  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--fresh", action="store_true", help="run rows anew that stand there")
+    parser.add_argument("--accelerator", type=int, metavar="N", help="layers to run there")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.child:
         return child(*flags.child[:2], *map(int, flags.child[2:]))
+    if flags.accelerator:
+        return accelerated(flags.accelerator)
     result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
     for name in flags.only:
         if not flags.fresh and any(row["row"] == name for row in result["rows"]):
