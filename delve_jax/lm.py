@@ -22,6 +22,7 @@ from . import models
 from .config import Config, DelveError, to_json
 
 STATE_FORMAT = 2  # of saved states; those of another are refused (2: caches heads first)
+BFLOAT16 = ".bfloat16"  # ends the names of such arrays in saved states
 PAD_TO = 32  # prompts are left-padded to multiples of this, so few lengths are compiled
 
 
@@ -39,11 +40,14 @@ class LM:
     True
     """
 
-    def __init__(self, config: Config, params: dict, tokenizer=None):
+    def __init__(self, config: Config, params: dict, tokenizer=None, compute: str | None = None):
+        """compute: dtype of activations and matmuls; default: `compute_of` the parameters."""
         self.config, self.params, self.tokenizer = config, params, tokenizer
-        self._forward = jax.jit(functools.partial(models.forward, config))
+        self.how = models.Compute(dtype=compute or compute_of(params))
+        self._forward = jax.jit(functools.partial(models.forward, config, how=self.how))
         self._decode = jax.jit(
-            functools.partial(_decode, config), static_argnames=("n", "sample", "top_k", "stop")
+            functools.partial(_decode, config, self.how),
+            static_argnames=("n", "sample", "top_k", "stop"),
         )
 
     def logits(self, tokens_BT, mask_BT=None) -> jax.Array:
@@ -57,7 +61,7 @@ class LM:
 
     def init_state(self, batch: int, max_len: int = 256) -> dict:
         """An empty state; attention caches of `max_len` tokens that `step` grows when full."""
-        return models.init_state(self.config, batch, max_len)
+        return models.init_state(self.config, batch, max_len, self.how.dtype)
 
     def step(self, tokens_BT, state: dict, mask_BT=None) -> tuple[jax.Array, dict]:
         """Continue a state by T >= 1 tokens -> (logits [B, T, V], new state)."""
@@ -99,7 +103,7 @@ class LM:
             mask_BT = jnp.ones((b, T), bool) if mask_BT is None else mask_BT
             mask_BT = jnp.pad(mask_BT, ((0, 0), (pad, 0)))
         padded_BT = jnp.pad(tokens_BT, ((0, 0), (pad, 0)))
-        state = models.init_state(self.config, b, T + pad + max_new_tokens)
+        state = self.init_state(b, T + pad + max_new_tokens)
         new = self._decode(
             self.params, padded_BT, mask_BT, state, jax.random.key(seed),
             jnp.float32(temperature or 1.0), jnp.float32(top_p) if top_p < 1 else None,
@@ -110,7 +114,10 @@ class LM:
 
     def save_state(self, path, state: dict) -> None:
         """Write a state to a file, to go on from with `load_state` in another process."""
-        leaves = {f"{i:04}": np.asarray(a) for i, a in enumerate(jax.tree.leaves(state))}
+        leaves = {}
+        for i, a in enumerate(map(np.asarray, jax.tree.leaves(state))):
+            short = a.dtype == jnp.bfloat16  # which NumPy's files do not know
+            leaves[f"{i:04}{BFLOAT16 * short}"] = a.view(np.uint16) if short else a
         half = Path(path).with_suffix(".writing")
         with half.open("wb") as file:
             np.savez(file, model=self._fingerprint(), **leaves)
@@ -121,14 +128,19 @@ class LM:
         try:
             with np.load(path, allow_pickle=False) as file:
                 made_for = str(file["model"])
-                leaves = [jnp.asarray(file[n]) for n in sorted(file.files) if n != "model"]
+                names = sorted(name for name in file.files if name != "model")
+                leaves = [
+                    file[n].view(jnp.bfloat16) if n.endswith(BFLOAT16) else file[n] for n in names
+                ]
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as err:
             raise DelveError(f"{path}: not a readable state ({err})") from None
         if made_for != self._fingerprint():
             raise DelveError(
                 f"{path}: was made by a model of another configuration, or by another version"
             )
-        return jax.tree.unflatten(jax.tree.structure(self.init_state(1)), leaves)
+        like, form = jax.tree.flatten(self.init_state(1))
+        pairs = zip(leaves, like, strict=True)
+        return jax.tree.unflatten(form, [jnp.asarray(a).astype(b.dtype) for a, b in pairs])
 
     def _fingerprint(self) -> str:
         known = json.dumps([STATE_FORMAT, to_json(self.config)])
@@ -157,8 +169,20 @@ def _checked_mask(mask_BT, tokens_BT):
     return None if mask.all() else jnp.asarray(mask)
 
 
+def compute_of(params: dict) -> str:
+    """dtype of the activations: bfloat16 where the parameters are and an accelerator computes.
+
+    Else float32: a CPU is no faster with 16 bits, and the range of float16 is too small for states
+    and residual streams of some parents.
+    """
+    kinds = lambda tree: [a.dtype for a in jax.tree.leaves(tree)]  # noqa: E731
+    shapes = jax.eval_shape(lambda: params)
+    rounded = kinds(shapes) == kinds(models.cast(shapes, jnp.bfloat16))  # all that would be
+    return "bfloat16" if rounded and jax.default_backend() != "cpu" else "float32"
+
+
 def _decode(
-    cfg, params, tokens_BT, mask_BT, state, key, temperature, top_p, *, n, sample, top_k, stop
+    cfg, how, params, tokens_BT, mask_BT, state, key, temperature, top_p, *, n, sample, top_k, stop
 ):
     """Prefill, then at most n - 1 single steps in one compiled loop -> new ids [B, n]."""
 
@@ -171,7 +195,7 @@ def _decode(
     def ended(token_B):
         return (token_B[:, None] == jnp.array(stop, jnp.int32)).any(-1)
 
-    f, state = models.features(cfg, params, tokens_BT, state, mask_BT)
+    f, state = models.features(cfg, params, tokens_BT, state, mask_BT, how=how)
     # the head of a prompt's last position only: all of them would be most of a small model's work
     logits = models.head(cfg, params, jax.tree.map(lambda a: a[:, -1:], f))
     keys = jax.random.split(key, n)
@@ -184,7 +208,7 @@ def _decode(
 
     def one(carry):
         i, token_B, state, new_nB = carry
-        logits, state = models.forward(cfg, params, token_B[:, None], state)
+        logits, state = models.forward(cfg, params, token_B[:, None], state, how=how)
         token_B = jnp.where(ended(token_B), token_B, pick(logits[:, -1], keys[i]))
         return i + 1, token_B, state, new_nB.at[i].set(token_B)
 

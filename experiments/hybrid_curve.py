@@ -12,6 +12,7 @@ Result: experiments/results/hybrid_curve.json and README, the losing region incl
 """
 
 import argparse
+import copy
 import dataclasses
 import sys
 
@@ -119,66 +120,115 @@ def main():
                     make = MAKERS[kind]
                     results.row(f"{kind} {size:g}", seed, lambda m=make, n=N, s=seed: m(n, s))
                     bar.update(1)
-    against = {}
-    for ours in {row["cell"] for row in results.rows if row["cell"].startswith("delve ")}:
-        size = ours.split()[1]
-        against[size] = {
-            kind: results.difference(ours, f"{kind} {size}")
-            for kind in MAKERS
-            if kind != "delve" and results.cell(f"{kind} {size}")
-        }
-    results.save(delve_minus=against)
+    results.save(**derived(results))
     picture(results.rows, results.path.with_suffix(".png"))
 
 
-UP = {"incite": 3, "neox": -8}  # points: their labels would lie on each other
+def derived(results):
+    """DELVE minus every rival of its size, and minus the dense parents, with paired intervals."""
+    sizes = {r["cell"].split()[1] for r in results.rows if r["cell"].startswith("delve ")}
+    sizes = sorted(sizes, key=float)
+    rivals = [kind for kind in MAKERS if kind != "delve"]
+    dense = copy.copy(results)  # no seed drew a dense parent: its one row stands at all of them
+    dense.rows = results.rows + [
+        {**row, "seed": seed}
+        for row in results.rows if row["cell"].startswith("dense ")
+        for seed in hybrid.SEEDS if seed != row["seed"]
+    ]  # fmt: skip
+    against = {
+        size: {k: results.difference(f"delve {size}", f"{k} {size}") for k in rivals
+               if results.cell(f"{k} {size}")} for size in sizes
+    }  # fmt: skip
+    return {
+        "delve_minus": {s: {k: gap for k, gap in x.items() if gap} for s, x in against.items()},
+        "delve_minus_dense": {s: {n: dense.difference(f"delve {s}", f"dense {n}")
+                                  for n in hybrid.NAMES} for s in sizes},
+    }  # fmt: skip
+
+
+def colour_of(kind):
+    own = kind.removeprefix("part-")
+    return (KINDS[3 + hybrid.NAMES.index(own)] if own in hybrid.NAMES
+            else {"delve": ACCENT, "ensemble": INK}.get(kind, MUTED))  # fmt: skip
+
+
+def draw(ax, rows, kinds, gap, whole=False):
+    """Lines through the means of each kind, a mark a seed -> {kind: [x of each N, mean nats]}.
+
+    gap: least distance of two labels, nats. whole: x is N, not the parameters of the row's model.
+    """
+    paths = {}
+    for kind in kinds:
+        mine = [dict(r, x=int(float(r["cell"].split()[1]) * hybrid.LARGEST) if whole
+                     else r["parameters"])
+                for r in rows if r["cell"].rpartition(" ")[0] == kind]  # fmt: skip
+        if not mine:
+            continue
+        cells = sorted({r["cell"] for r in mine}, key=lambda c: float(c.split()[1]))
+        x, y = (
+            [np.mean([r[key] for r in mine if r["cell"] == c]) / by for c in cells]
+            for key, by in (("x", 1e6), ("report", 1))
+        )
+        paths[kind] = np.array([x, y])
+        marker = "D" if kind == "delve" else "v" if kind.startswith("part-") else "s"
+        colour = colour_of(kind)
+        ax.plot([r["x"] / 1e6 for r in mine], [r["report"] for r in mine], marker, color=colour,
+                ms=5, alpha=0.6)  # fmt: skip
+        ax.plot(x, y, "-", color=colour, lw=2 if kind == "delve" else 1)
+    last = -np.inf
+    for kind in sorted(paths, key=lambda k: paths[k][1][0]):  # labels pushed apart, upwards
+        x, y = paths[kind][:, 0]
+        last = max(y, last + gap)
+        name = kind.removeprefix("part-").replace("delve", "DELVE")
+        ax.annotate(name, (x, y), xytext=(x - 0.06, last), ha="right", va="center", fontsize=9,
+                    color=colour_of(kind))  # fmt: skip
+    ax.spines[["top", "right"]].set_visible(False)
+    return paths
 
 
 def picture(rows, path):
-    """Parameters against nats a token: every model, a mark a seed, a line through the means."""
+    """Left: DELVE and single parents at equal parameters, what it loses shaded; right: at equal
+    keep ratio, where each parent alone has its share of N."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(7.2, 4.6), dpi=150, layout="constrained")
-    kinds = [k for k in MAKERS if any(row["cell"].rpartition(" ")[0] == k for row in rows)]
-    top = 1 + min(row["report"] for row in rows)  # a model from scratch learns little so soon
-    off = sorted({f"{r['cell']}: {r['report']:.1f}" for r in rows if r["report"] > top})
-    rows = [row for row in rows if row["report"] <= top]
-    for name in hybrid.NAMES:  # dense ones are hollow, each in the colour of its compressed form
-        (row,) = (row for row in rows if row["cell"] == f"dense {name}")
-        x, y = row["parameters"] / 1e6, row["report"]
-        colour = KINDS[3 + hybrid.NAMES.index(name)]
-        ax.plot(x, y, "o", mfc="white", color=colour, ms=7)
-        ax.annotate(f"dense {name}", (x, y), xytext=(7, UP.get(name, -3)), fontsize=8,
-                    textcoords="offset points", color=colour)  # fmt: skip
-    for kind in kinds:
-        if not (mine := [row for row in rows if row["cell"].rpartition(" ")[0] == kind]):
-            continue
-        own = kind.removeprefix("part-")
-        colour = (
-            KINDS[3 + hybrid.NAMES.index(own)] if own in hybrid.NAMES
-            else {"delve": ACCENT, "ensemble": INK}.get(kind, MUTED)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10.4, 4.8), dpi=150, layout="constrained")
+    paths = draw(left, rows, ["delve", "ensemble", *hybrid.NAMES], 0.03)
+    ours = paths["delve"]
+    grid = np.linspace(ours[0, 0], ours[0, -1], 200)
+    singles = {k: v for k, v in paths.items() if k in hybrid.NAMES}
+    for name, (x, y) in singles.items():  # more parameters than it has are of no use to it
+        if x[-1] < grid[-1]:
+            left.plot([x[-1], grid[-1]], [y[-1]] * 2, ":", color=colour_of(name), lw=1)
+    if singles:
+        best = np.min([np.interp(grid, *xy, left=np.inf) for xy in singles.values()], axis=0)
+        delve = np.interp(grid, *ours)
+        left.fill_between(
+            grid, best, delve, where=np.isfinite(best) & (delve > best), color=ACCENT, alpha=0.1,
+            lw=0, label="DELVE loses to the best single parent",
         )  # fmt: skip
-        cells = sorted({row["cell"] for row in mine}, key=lambda c: float(c.split()[1]))
-        means = [
-            (np.mean([r["parameters"] for r in mine if r["cell"] == c]) / 1e6,
-             np.mean([r["report"] for r in mine if r["cell"] == c])) for c in cells
-        ]  # fmt: skip
-        marker = "D" if kind == "delve" else "v" if kind.startswith("part-") else "s"
-        ax.plot([r["parameters"] / 1e6 for r in mine], [r["report"] for r in mine], marker,
-                color=colour, ms=5, alpha=0.6)  # fmt: skip
-        ax.plot(*zip(*means, strict=True), "-", color=colour, lw=1)
-        label = f"{own} compressed, healed" if kind.startswith("part-") else kind
-        label = f"{kind} healed" if kind in hybrid.NAMES else label
-        ax.annotate(label.replace("delve", "DELVE"), means[0], xytext=(7, UP.get(own, -3)),
-                    fontsize=8, textcoords="offset points", color=colour)  # fmt: skip
-    ax.set(xlabel="parameters (millions, all counted)", ylabel="nats per token, report split")
-    more = f"\noff the picture: {', '.join(off)}" if off else ""
-    ax.set_title(f"{hybrid.HEAL:,} tokens for each but the dense{more}", fontsize=9)
-    ax.margins(x=0.2)
-    ax.spines[["top", "right"]].set_visible(False)
+    for row in rows:
+        if row["cell"].startswith("dense "):
+            left.plot(row["parameters"] / 1e6, row["report"], "o", mfc="white", ms=7,
+                      color=colour_of(row["cell"].split()[1]))  # fmt: skip
+    left.plot([], [], "s", color=MUTED, ms=5, label="one parent compressed to N, healed\n"
+              "(dotted: N is more than it has)")  # fmt: skip
+    left.plot([], [], "o", mfc="white", color=MUTED, ms=7, label="dense parent, not healed")
+    left.set_title("Equal parameters", fontsize=10)
+    left.set(xlabel="parameters (millions, all counted)", ylabel="nats per token, report split")
+    draw(right, rows, ["delve", "ensemble", *(f"part-{n}" for n in hybrid.NAMES)], 0.075, True)
+    right.plot([], [], "v", color=MUTED, ms=5, label="one parent at the keep ratio of the whole,"
+               "\nhealed (each has its share of N)")  # fmt: skip
+    right.set_title("Equal keep ratio", fontsize=10)
+    right.set(xlabel="N of the whole (millions)")
+    for ax in (left, right):
+        ax.legend(fontsize=8, frameon=False, loc="upper right")
+        ax.set_xlim(left=ax.get_xlim()[0] - 0.3)
+    scratch = [r["report"] for r in rows if r["cell"].startswith("scratch")]
+    more = f"; from scratch {min(scratch):.1f} to {max(scratch):.1f}, not shown" if scratch else ""
+    fig.suptitle(f"{hybrid.HEAL:,} healing tokens each; marks are seeds{more}", fontsize=10)
     fig.savefig(path)
 
 

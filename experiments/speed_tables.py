@@ -1,6 +1,7 @@
 """The tables of what is measured beside peers and bars: a part of `tables.py`, run by it.
 
-Results of experiments/benchmarks/{decode,prefill,growth,loading}.py; one that is absent is said so.
+Results of experiments/benchmarks/{decode,prefill,growth,loading}.py, on a GPU of those named in
+`accelerator`; one that is absent is said so.
 """
 
 import json
@@ -16,9 +17,9 @@ def table(head: tuple, rows: list[tuple]) -> list[str]:
     return lines + [f"| {' | '.join(row)} |" for row in rows]
 
 
-def _measured(name: str) -> dict | None:
+def _measured(name: str, where: str = "cpu") -> dict | None:
     """A benchmark's result, None where it was not run on a quiet machine yet."""
-    file = RESULTS / f"{name}_cpu.json"
+    file = RESULTS / f"{name}_{where}.json"
     return json.loads(file.read_text()) if file.exists() else None
 
 
@@ -124,3 +125,73 @@ def loading() -> str:
             alone = x["seconds"]["python alone"]
             text += ["", f"Start-up: {took}; Python alone {alone:.2f} s."]
     return "\n".join(["Files in the page cache; bars in brackets, missed ones bold:", "", *text])
+
+
+def accelerator() -> str:
+    """What was measured on a GPU: scans beside peers and their floor, training, decoding."""
+    peers, tiles, mfu, decode = (
+        _measured(name, "gpu") for name in ("scan_peers", "scan_tiles", "mfu", "decode_keep")
+    )
+    if not (peers and tiles and mfu and decode):
+        return NOT_MEASURED
+    rows = []
+    for x in peers["rows"]:
+        ms = {side: f"{1e3 * seconds:.3g}" for side, seconds in x["seconds"].items()}
+        rows.append((f"{x['recurrence']}, {x['pass']}", " x ".join(map(str, x["shape"])),
+                     ms["ours, pallas"], ms["ours, chunked"], ms.get("fla", ""),
+                     ms.get("mamba-ssm", "")))  # fmt: skip
+    lines = [
+        f"{mfu['machine']['device']}, jax {mfu['versions']['jax']}. Scans in bfloat16, "
+        "milliseconds a call:", "",
+        *table(("pass", "shape", "kernel", "chunked", "fla", "mamba-ssm"), rows), "",
+    ]  # fmt: skip
+    best = []
+    for name in ("wkv", "mamba"):
+        # what ran beside call 4 made its times too long
+        mine = [x for x in tiles["rows"] if x["recurrence"] == name and x["call"] != 4]
+        for what in ("forward", "backward"):
+            x = min(mine, key=lambda x: x[f"{what}_over_floor"])
+            bar = {"forward": 2.5, "backward": 3.5}[what] if name == "mamba" else None
+            over = x[f"{what}_over_floor"]
+            told = f"{over:.2f}" if bar is None else _met(over, bar, least=False)
+            best.append((f"{name}, {what}", f"{x['ms'][what]:.2f}", told))
+    lines += [
+        "The best of all tiles at 8 rows of 4,096 tokens and 4,096 channels (Mamba: N 16), over "
+        "the floor of the memory's bandwidth; a backward pass with what keeping states costs the "
+        "forward one; bars in brackets, missed ones bold:", "",
+        *table(("pass", "ms", "times the floor"), best), "",
+    ]  # fmt: skip
+    bars = {"qwen3-1b": 0.5, "delve-0.4b": 0.35}
+    rows = [
+        (x["case"], f"{x['rows']} x {x['T']:,}", x["remat"],
+         "float32" if "before" in x else "bfloat16", f"{x['tokens_per_second']:,.0f}",
+         f"{1e3 * x['step_s']:.0f}", _met(x["mfu"], bars[x["case"]]), f"{x['mfu_causal']:.2f}",
+         f"{x['peak_bytes'] / 2**30:.1f}")
+        for x in mfu["rows"] if "failed" not in x
+    ]  # fmt: skip
+    lines += [
+        "Training steps (AdamW, bfloat16 activations, float32 weights). MFU of 989 TFLOP/s with "
+        "attention over all of T, then with the half that a causal kernel computes; Qwen3's "
+        "documents see each other, the DELVE is healed with its three dense parents as teachers:",
+        "",
+        *table(("case", "rows x T", "remat", "head's gradient", "tokens/s", "ms", "MFU",
+                "causal", "GiB"), rows), "",
+    ]  # fmt: skip
+    rows = []
+    for x in decode["rows"]:
+        if "failed" in x or x["xla"].strip():
+            continue
+        dense, kept = x["dense"], x["kept"]
+        rows.append((x["case"], "dropped kernel" if x["matvec"] else "XLA",
+                     f"{dense['tokens_per_second']:,.0f}", f"{kept['tokens_per_second']:,.0f}",
+                     _met(x["ratio"], 2.5), f"{dense['of_bound']:.2f}",
+                     f"{kept['of_bound']:.2f}"))  # fmt: skip
+    lines += [
+        f"Decoding one row in bfloat16, {decode['rows'][0]['new']} tokens after "
+        f"{decode['rows'][0]['prompt']}: dense, and a quarter kept in factors. The dropped kernel "
+        "multiplied one row by weights where they stand in their stack; it won 10 to 16 % of a "
+        "7B step and was not worth its code:", "",
+        *table(("shape", "products by", "dense, tokens/s", "kept, tokens/s", "ratio",
+                "dense of its bound", "kept of its bound"), rows),
+    ]  # fmt: skip
+    return "\n".join(lines)

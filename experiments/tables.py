@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from scipy import stats
-from speed_tables import decode, growth, loading, prefill
+from speed_tables import accelerator, decode, growth, loading, prefill
 from speed_tables import table as _table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -428,7 +428,8 @@ def _scores(rows: list[dict]) -> tuple[str, str, str]:
 
 BLOCKS = (
     quickstart, proxies, interruption, sharding, training, optimisers, compression,
-    shared_tables, refinement, generation, decode, prefill, growth, loading, compress_memory,
+    shared_tables, refinement, generation, decode, prefill, growth, loading, accelerator,
+    compress_memory,
     hybrid_diversity, hybrid_curve, hybrid_tasks, hybrid_sources, hybrid_parts, delphi, ladder,
     tiers,
 )  # fmt: skip

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from delve_jax import models
+from delve_jax import lm, models
 from delve_jax.config import (
     DelveConfig,
     DelveError,
@@ -21,6 +21,8 @@ from delve_jax.config import (
     Qwen3Config,
     RwkvConfig,
 )
+from delve_jax.models import attention
+from delve_jax.models.linear import linear, transposed
 
 V, T = 40, 16
 small = {"vocab_size": V, "vocab_rows": V, "d_model": 32, "n_layers": 2}
@@ -112,3 +114,56 @@ def test_the_residual_stream_is_placed_after_the_embedding_and_every_layer(cfg):
 def test_unknown_remat_is_named():
     with pytest.raises(DelveError, match="remat 'full'.*none, layer or dots"):
         models.Compute(remat="full")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_of_bfloat16_logits(tied):
+    """Logits are float32 sums; their cotangent is rounded to bfloat16, the weights' gradient not:
+    summed over many tokens it keeps digits that bfloat16 has not."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, 8, 64), jnp.bfloat16)
+    w = jax.random.normal(keys[1], (96, 64) if tied else (64, 96))
+    g = jax.random.normal(keys[2], (2, 8, 96))
+    run = transposed if tied else linear
+    y, back = jax.vjp(lambda x, w: run({"kernel": w}, x, jnp.float32), x, w)
+    dx, dw = back(g)
+    assert (y.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    g64, x64 = (np.asarray(a.astype(jnp.bfloat16), np.float64) for a in (g, x))
+    want = np.einsum("bti,bto->io", x64, g64)
+    np.testing.assert_allclose(dw.T if tied else dw, want, rtol=1e-5, atol=1e-4)
+    w64 = np.asarray((w.T if tied else w).astype(jnp.bfloat16), np.float64)
+    np.testing.assert_allclose(np.asarray(dx, np.float64), g64 @ w64.T, rtol=2e-2, atol=0.2)
+
+
+def test_activations_follow_weights_on_an_accelerator(monkeypatch, tmp_path):
+    """All weights in bfloat16: so are the activations there, and a saved state comes back."""
+    cfg = NeoxConfig(vocab_size=V, vocab_rows=V, d_model=16, n_layers=1, n_heads=2, d_ffn=32)
+    params = models.init_params(cfg, jax.random.key(0))
+    rounded = models.cast(params, jnp.bfloat16)
+    assert lm.compute_of(rounded) == lm.compute_of(params) == "float32"  # a CPU widens them again
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert lm.compute_of(rounded) == "bfloat16" and lm.compute_of(params) == "float32"
+    monkeypatch.undo()
+    model = lm.LM(cfg, rounded, compute="bfloat16")
+    _, state = model.step([[1, 2, 3]], model.init_state(1, 8))
+    assert state["layers"]["k"].dtype == jnp.bfloat16
+    model.save_state(tmp_path / "state", state)
+    again = model.load_state(tmp_path / "state")
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), again, state)
+    wide = lm.LM(cfg, rounded).load_state(tmp_path / "state")  # and in the dtype of who reads it
+    assert wide["layers"]["k"].dtype == jnp.float32
+
+
+def test_a_causal_text_needs_no_mask():
+    """What a kernel that knows causal is given (`attention.DEFAULT`) means the same without one."""
+    r = np.random.default_rng(0)
+    q = jnp.asarray(r.normal(size=(2, 12, 4, 8)), jnp.float32)
+    k, v = (jnp.asarray(r.normal(size=(2, 2, 12, 8)), jnp.float32) for _ in range(2))
+    mask = jnp.tri(12, dtype=bool)[None, None]
+    want = attention.weighted(q, k, v, mask, True)
+    np.testing.assert_array_equal(attention.weighted(q, k, v, None, True), want)
+    assert attention.choice(jnp.bfloat16) == "blocks"
+    assert attention.choice(jnp.bfloat16, "cudnn") == "cudnn"
+    assert attention.choice(jnp.float32, "cudnn") == "blocks"  # it takes 16 bits only
+    with pytest.raises(ValueError, match="impl 'flash'"):
+        attention.choice(jnp.bfloat16, "flash")

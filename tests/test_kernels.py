@@ -2,7 +2,7 @@
 
 What a machine without an accelerator can say: values, last states and gradients of every input,
 what is kept for the backward pass, and that the kernels lower for a GPU and for a TPU. How fast
-they are there: `experiments/benchmarks/scans.py`.
+they are there: `experiments/benchmarks/scan_{tiles,peers}.py`.
 """
 
 import functools
@@ -163,10 +163,47 @@ def test_both_kernels_lower_for_accelerators(name, where):
     assert lowered.as_text().count(f"{call}") >= 2
 
 
-def test_the_kernels_are_no_default_and_not_imported_for_nothing():
-    """Nobody has measured them on an accelerator; Pallas alone takes a while to import."""
-    impls = [impl for ways in scan.DEFAULT.values() for impl, _ in ways.values()]
-    assert "pallas" not in impls
+@pytest.mark.parametrize(
+    "T,dtype,devices,impl",
+    [
+        (64, jnp.bfloat16, 1, "pallas"),
+        (64, jnp.float64, 1, "chunked"),  # measured in 16 and 32 bits only
+        (1, jnp.float32, 1, "chunked"),  # a step of decoding
+        (64, jnp.float32, 8, "chunked"),  # XLA would gather what it cannot split
+    ],
+)
+def test_the_kernels_are_the_default_of_one_nvidia_gpu(monkeypatch, T, dtype, devices, impl):
+    monkeypatch.setattr(scan, "on_cuda", lambda: True)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    x_BTE = jax.ShapeDtypeStruct((2, T, 32), dtype)
+    assert scan._choice("mamba", None, None, x_BTE)[0] == impl
+    assert scan._choice("mamba", "sequential", None, x_BTE) == ("sequential", 64)
+    monkeypatch.setattr(scan, "on_cuda", lambda: False)  # AMD, TPU
+    assert scan._choice("mamba", None, None, x_BTE) == ("chunked", 64)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_tiles_of_a_tpu(monkeypatch, name):
+    """Channels last, 128 of them: the same values and gradients."""
+    args = arrays(name, 5, 40, 3)
+    want = projected(name, "sequential", 8, starts(5 + 2)[:, :5])(args)
+    monkeypatch.setattr(kernels, "where_now", lambda: "interpret-tpu")
+    jax.tree.map(close, projected(name, "pallas", 2, starts(5 + 2)[:, :5])(args), want)
+
+
+def test_pallas_is_not_imported_for_nothing():
     code = "import sys, delve_jax.models; print('jax.experimental.pallas' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("tile", [(1, 32, (1, 4, 4)), (4, 8, (4, 1, 4)), (2, 16, (2, 2, 4))])
+@pytest.mark.parametrize("ahead", [(False, False), (True, True)])
+def test_every_tile_gives_the_same(monkeypatch, tile, ahead):
+    """What is tuned changes who computes what, not what is computed."""
+    how = {"forward": tile, "backward": tile, "unroll": 2, "chunk": 2, "ahead": ahead}
+    args = arrays("mamba", 5, 32, 16)
+    want = projected("mamba", "pallas", 2, None)(args)
+    monkeypatch.setitem(kernels.TUNED, "mamba", how)
+    jax.tree.map(close, projected("mamba", "pallas", 2, None)(args), want)

@@ -355,3 +355,23 @@ def test_healing_from_a_cache_needs_no_teachers_in_its_step(params, frozen, tmp_
     exact = jax.jit(objective.healing(CFG, DENSE, Terms(ce=0.0, kl=1.0)))(params, frozen, first)[0]
     assert log[0]["kl"] == pytest.approx(float(exact), rel=0.1)
     assert log[-1]["kl"] < 0.9 * log[0]["kl"]
+
+
+def test_cross_entropy_of_an_accelerator(monkeypatch):
+    """There it is a sum under a mask, here a gather: one function and one gradient."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, V)), jnp.float32)
+    targets = jnp.asarray(TOKENS[:2, :5])
+    both = lambda x: (objective.cross_entropy(x, targets) ** 2).sum()  # noqa: E731
+    want = jax.value_and_grad(both)(logits)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    got = jax.value_and_grad(both)(logits)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), got, want)
+
+
+def test_chunks_are_longer_where_one_model_has_logits(monkeypatch):
+    assert objective.chunk_length(8, 4096, 50_000, alone=True) == objective.chunk_length(
+        8, 4096, 50_000
+    )  # a CPU's cache is what it is
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    short, long = (objective.chunk_length(8, 4096, 50_000, alone=a) for a in (False, True))
+    assert 6 * short < long < 10 * short

@@ -39,9 +39,17 @@ from .linear import (
 FAMILY = {"mamba": mamba, "rwkv": rwkv, "neox": neox, "qwen3": qwen3}
 
 
+def _products(primitive, *args, **params) -> bool:
+    """Whether a result is kept in the backward pass: of matmuls, and of cuDNN's attention, whose
+    two (outputs, sums of the softmax) would cost its forward pass once more."""
+    if primitive.name.startswith("dot_product_attention_fwd"):
+        return True
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
+
+
 REMAT = {
     "layer": None,  # nothing kept but the input of each layer
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _products,
 }
 
 

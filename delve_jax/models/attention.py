@@ -11,8 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .linear import at_least_f32, wide
+from .linear import at_least_f32, on_cuda, wide
 
+# how a whole text of 16-bit numbers is attended to, per platform of jax; "blocks": the form below
+# (any dtype and platform, the reference of the others), "cudnn": the library's fused kernel
+DEFAULT = {"gpu": "cudnn"}
+WIDEST_HEAD = 128  # that cuDNN's kernels take on every GPU that has them; a multiple of 8
 QUERIES = 128  # of a block of attention, at least
 MAX_BLOCKS = 16  # of one call: they are unrolled
 
@@ -53,15 +57,36 @@ def attend(q_BTHh, k_BTGh, v_BTGh, state, ctx):
     return weighted(q, k, v, ctx["mask_B1TS"], causal=state is None), state
 
 
-def weighted(q_BTHh, k_BGSh, v_BGSh, mask_B1TS, causal: bool = False):
+def choice(dtype, impl: str | None = None) -> str:
+    """ "cudnn" or "blocks" for a whole text in `dtype` on this platform."""
+    best = impl or DEFAULT.get(jax.default_backend(), "blocks")
+    if best not in ("cudnn", "blocks"):
+        raise ValueError(f"attention: impl {best!r}")
+    if best == "blocks" or jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return "blocks"
+    return "cudnn" if impl or on_cuda() else "blocks"
+
+
+def weighted(q_BTHh, k_BGSh, v_BGSh, mask_B1TS, causal: bool = False, impl: str | None = None):
     """softmax(q k / sqrt h) v where the mask is True, G heads of k and v shared by H of q.
 
     It goes by blocks of queries and keeps one number a query for the backward pass
     (FlashAttention, arXiv 2205.14135), so that [B,H,T,S] is never held. causal: T = S, and keys
-    after a block are left out. `jax.nn.dot_product_attention` holds and computes them all, and
-    takes the softmax of float64 in float32.
+    after a block are left out; a mask of None is then all of it. `jax.nn.dot_product_attention`
+    holds and computes them all, and takes the softmax of float64 in float32, but for its form for
+    cuDNN, which a causal text takes where `choice` says so; impl: "blocks" or "cudnn" (CUDA).
     """
     (b, T, H, h), G = q_BTHh.shape, k_BGSh.shape[1]
+    fits = causal and h <= WIDEST_HEAD and h % 8 == 0 and (mask_B1TS is None or T % 2 == 0)
+    if fits and choice(q_BTHh.dtype, impl) == "cudnn":
+        # a mask (documents, padding) is read as a bias of the scores, whose gradient nobody asks
+        # for; its packed rows (offsets) need a bound of the documents a row, and memory by it
+        k_BSGh, v_BSGh = jnp.moveaxis(k_BGSh, 1, 2), jnp.moveaxis(v_BGSh, 1, 2)
+        return jax.nn.dot_product_attention(
+            q_BTHh, k_BSGh, v_BSGh, mask=mask_B1TS, is_causal=True, implementation="cudnn"
+        )
+    if mask_B1TS is None:
+        mask_B1TS = jnp.tri(T, dtype=bool)[None, None]
     # heads before positions; scaling q touches less than scaling the scores
     q = jnp.moveaxis((q_BTHh * h**-0.5).reshape(b, T, G, H // G, h), 1, 3)
     y_BGnTh = _attention(causal, q, k_BGSh, v_BGSh, mask_B1TS)
@@ -180,11 +205,13 @@ def angles_and_mask(freq, x_BTD, mask_BT, state, segments_BT) -> tuple[dict, dic
     visible_BTS = (jnp.arange(S)[None, :] <= row_T[:, None])[None] & valid_BS[:, None]
     if segments_BT is not None:
         visible_BTS &= segments_BT[:, :, None] == segments_BT[:, None]
+    plain = state is None and mask_BT is None and segments_BT is None
     angle = pos_BT[..., None].astype(dtype) * jnp.asarray(freq, dtype)
     ctx = {
         "cos": jnp.cos(angle),
         "sin": jnp.sin(angle),
-        "mask_B1TS": visible_BTS[:, None],
+        # a kernel that knows what causal is needs no mask
+        "mask_B1TS": None if plain and choice(x_BTD.dtype) == "cudnn" else visible_BTS[:, None],
         "index": index,
     }
     return ctx, book

@@ -4,8 +4,8 @@ One function each for training, prefill and one step; output and last state come
 state is at least float32. Where `starts_BT` is True the state before a token counts as empty, so
 documents packed into a row stay apart. "sequential" is the plain reference, "chunked" runs
 `lax.associative_scan` inside checkpointed chunks of `lax.scan`, so [B,T,E,N] is never held, "fused"
-is sequential with its own backward pass, "pallas" a kernel (`kernels.py`, not measured on an
-accelerator). `DEFAULT` is the measured choice per platform.
+is sequential with its own backward pass, "pallas" a kernel (`kernels.py`). `DEFAULT` is the
+measured choice per platform.
 """
 
 import functools
@@ -14,13 +14,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .linear import at_least_f32, wide
+from .linear import at_least_f32, on_cuda, wide
 
-# (implementation, chunk length); the chunk also bounds what the backward pass recomputes
+# (implementation, chunk length; None: the kernel's own); the chunk also bounds what the backward
+# pass recomputes. "cuda": texts in 16 or 32 bits on one NVIDIA GPU; else that of any accelerator.
+# On an H200 wkv's kernel is 13 times as fast as "chunked" forward and 10 times where states are
+# kept (results/scan_peers_gpu.json), Mamba's 1.1 and 3.4 times, of a tiny case. TPUs: not measured.
 DEFAULT = {
     "cpu": {"mamba": ("fused", 16), "wkv": ("sequential", 16)},
+    "cuda": {"mamba": ("pallas", None), "wkv": ("pallas", None)},
     "accelerator": {"mamba": ("chunked", 64), "wkv": ("sequential", 64)},
 }
+SHORTEST = 16  # tokens that are worth a kernel
 # tokens of `wkv` per loop step: with 8, XLA:CPU takes twice as long and compiles four times longer
 UNROLL = {"cpu": 1, "accelerator": 8}
 NEG = -1e38  # "minus infinity" of the running maximum: finite, so that differences never give NaN
@@ -37,11 +42,17 @@ def _platform():
     return "cpu" if jax.default_backend() == "cpu" else "accelerator"
 
 
-def _choice(name, impl, chunk):
-    best_impl, best_chunk = DEFAULT[_platform()][name]
+def _choice(name, impl, chunk, x_BTE):
+    """(implementation, chunk) of a call, whose largest input is x."""
+    where = _platform()
+    # XLA cannot split a kernel over devices
+    if on_cuda() and jax.device_count() == 1 and x_BTE.shape[1] >= SHORTEST:
+        where = "cuda" if x_BTE.dtype != jnp.float64 else where
+    best_impl, best_chunk = DEFAULT[where][name]
+    impl = impl or best_impl
     if impl == "pallas":
-        return impl, chunk  # the kernels have chunks of their own
-    return impl or best_impl, chunk or best_chunk
+        return impl, chunk
+    return impl, chunk or best_chunk or DEFAULT["accelerator"][name][1]
 
 
 def _over_chunks(step, carry, xs, chunk):
@@ -84,12 +95,12 @@ def selective_scan(
 
     `dt` after softplus, `A` = -exp(A_log). Exact (ZOH) in A, Euler in B, as in the reference code.
     impl: "sequential", "fused", "chunked", "associative" (one associative scan over all of T) or
-    "pallas" (a kernel; not measured on an accelerator: not a default).
+    "pallas" (a kernel of `kernels`).
     """
     batch, T, e_dim = u_BTE.shape
     if impl is None and batch == 1 and _platform() == "cpu":
         impl = "sequential"  # measured: for one row the plain scan's forward is 3 times faster
-    impl, chunk = _choice("mamba", impl, chunk)
+    impl, chunk = _choice("mamba", impl, chunk, u_BTE)
     if state_BEN is None:
         state_BEN = jnp.zeros((batch, e_dim, A_EN.shape[-1]), at_least_f32(u_BTE.dtype))
     if impl == "pallas":
@@ -228,9 +239,9 @@ def wkv(k_BTA, v_BTA, w_A, u_A, state=None, starts_BT=None, *, impl=None, chunk=
 
     wkv_t = (sum_{i<t} e^{(t-1-i)w + k_i} v_i + e^{u+k_t} v_t) / (the same without v); w < 0.
     impl: "sequential" (`lax.scan` over tokens), "chunked" (associative scan inside chunks) or
-    "pallas" (a kernel; not measured on an accelerator: not a default).
+    "pallas" (a kernel of `kernels`).
     """
-    impl, chunk = _choice("wkv", impl, chunk)
+    impl, chunk = _choice("wkv", impl, chunk, k_BTA)
     state = state or wkv_state(k_BTA.shape[0], k_BTA.shape[-1], at_least_f32(k_BTA.dtype))
     if impl == "pallas":
         from . import kernels

@@ -24,6 +24,7 @@ from ..models import Compute, delve, elastic
 
 LOGITS_BYTES = {"cpu": 2**24}  # of one chunk's float32 logits on a device; cache-sized on a CPU
 LOGITS_BYTES_ELSEWHERE = 2**28
+ALONE = 8  # times as many on an accelerator where one model's logits are all that a loss holds
 JOINTS = ("hub", "gate", "pool")  # what fusion adds to its parents
 FFN_WEIGHT = 10.0  # of the squared distance to `ffn_share`
 REMAT_ABOVE = 100_000_000  # parameters; below, recomputing layers costs more than it saves
@@ -31,7 +32,11 @@ REMAT_ABOVE = 100_000_000  # parameters; below, recomputing layers costs more th
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """Negative log-likelihood of each target, nats [B, T]."""
-    picked = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    if jax.default_backend() == "cpu":
+        picked = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    else:  # a sum that is part of the loops over V, forward and backward: no scatter, no pass more
+        here_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
+        picked = jnp.where(here_BTV, logits_BTV, 0).sum(-1)
     return jax.nn.logsumexp(logits_BTV, axis=-1) - picked
 
 
@@ -69,9 +74,12 @@ def segments(tokens_BT: jax.Array, eot: int | None) -> jax.Array | None:
     return None if eot is None else jnp.cumsum(tokens_BT == eot, axis=1, dtype=jnp.int32)
 
 
-def chunk_length(rows: int, T: int, vocab: int) -> int:
-    """Positions per chunk, so that a chunk's float32 logits stay small; at least two chunks."""
-    most = LOGITS_BYTES.get(jax.default_backend(), LOGITS_BYTES_ELSEWHERE)
+def chunk_length(rows: int, T: int, vocab: int, alone: bool = False) -> int:
+    """Positions per chunk, so that a chunk's float32 logits stay small; at least two chunks.
+
+    alone: the loss holds one model's, not those of streams and teachers as well.
+    """
+    most = LOGITS_BYTES.get(jax.default_backend(), LOGITS_BYTES_ELSEWHERE * (ALONE if alone else 1))
     n = max(min(2, T), -(-4 * rows * T * vocab // most))
     return -(-T // min(n, T))
 
@@ -350,7 +358,8 @@ def healing(
             )
             fixed = {name: terms.at(name, step, steps) for name in ("ce", "kl", "streams")}
             fixed["pool"] = models.head_params(pool, dense)
-        chunk = chunk_length(rows or inputs.shape[0], inputs.shape[1], cfg.vocab_size)
+        alone = not (hybrid or teachers or cached)
+        chunk = chunk_length(rows or inputs.shape[0], inputs.shape[1], cfg.vocab_size, alone)
         head = models.head_params(cfg, params)
         total, metrics = over_chunks(position_loss, head, f, fixed, xs, chunk)
         if routed:

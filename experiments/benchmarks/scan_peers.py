@@ -1,13 +1,13 @@
 """Are our scan kernels on a GPU near the memory's limit, and ahead of the kernels people use?
 
 python experiments/benchmarks/scan_peers.py [--mamba-ssm DIR] [--repeats 7]
-One GPU, one wide layer, bfloat16 in and out. Peers, each where it is there: flash-linear-attention's
-fused_recurrent_rwkv4 (`pip install --no-deps flash-linear-attention fla-core`), and mamba-ssm's CUDA
-kernels, built from its source: DIR is its csrc/selective_scan (two minutes with nvcc). Forward and
-backward pass apart: the forward one of a call without gradients; a backward one is given what the
-forward one of a call with gradients kept, whose time stands beside. The floor is what must move (a
-forward pass: inputs and output; a backward one: inputs, dy, gradients) at the bandwidth of a copy.
-Gradients of w, u, A, D and of the state are part of both sides' time.
+One GPU, one wide layer, bfloat16 in and out. Peers, each where it is there: flash-linear-attention
+(`pip install --no-deps flash-linear-attention fla-core`): fused_recurrent_rwkv4; mamba-ssm: its
+CUDA kernels, built from source (DIR is its csrc/selective_scan; nvcc takes two minutes). Forward
+and backward pass apart: the forward one of a call without gradients; a backward one is given what
+the forward one of a call with gradients kept, whose time stands beside. The floor is
+what must move (forward: inputs and output; backward: inputs, dy, gradients) at the bandwidth of a
+copy. Gradients of w, u, A, D and of the state are part of both sides' time.
 """
 
 import importlib.metadata
@@ -106,8 +106,10 @@ def of_mamba_ssm(source, args, dy):
         )  # fmt: skip
     (place / "only.cpp").write_text(code)
     files = ("only.cpp", "selective_scan_fwd_bf16.cu", "selective_scan_bwd_bf16_real.cu")
-    undo = [f"-U__CUDA_NO_{x}__" for x in
-            ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_OPERATORS", "BFLOAT16_CONVERSIONS")]  # fmt: skip
+    undo = [
+        f"-U__CUDA_NO_{kind}_{what}__"
+        for kind in ("HALF", "BFLOAT16") for what in ("OPERATORS", "CONVERSIONS")
+    ]  # fmt: skip
     built = cpp_extension.load(
         "delve_peer_selective_scan",
         [str(place / f) for f in files],
@@ -143,22 +145,26 @@ def of_mamba_ssm(source, args, dy):
 
 
 def numbers(side, kind, args, out):
-    """What a side gave, float32 numpy in our order and layout, so that sides can be compared."""
+    """What a side gave, float32 numpy in our order and layout, so that sides can be compared: of
+    what has a batch the first row (the kernels know nothing of other rows)."""
     if side.startswith("ours"):
-        out = out[0] if kind == "forward keeping" else out
-        return [np.asarray(x.astype(jnp.float32)) for x in jax.tree.leaves(out)]
-    parts = [x.float().cpu().numpy() for x in (out if isinstance(out, tuple) else [out])]
-    if side == "mamba-ssm":
-        parts = [p[:, 0] if p.ndim == 4 else p for p in parts]
-        return [p.swapaxes(1, 2) if p.ndim == 3 else p for p in parts]
+        leaves = jax.tree.leaves(out[0] if kind == "forward keeping" else out)
+        leaves = [x[0] if x.ndim == 3 else x for x in leaves]
+        return [np.asarray(x.astype(jnp.float32)) for x in leaves]
+    parts = [x.detach() for x in (out if isinstance(out, tuple) else [out])]
+    parts = [(x[0] if x.ndim > 2 else x).float().cpu().numpy() for x in parts]
+    if side == "mamba-ssm":  # [E, T] or [1, N, T]; A [E, N] has no T
+        T = args[0].shape[1]
+        parts = [x[0] if x.ndim == 3 else x for x in parts]
+        return [x.T if x.ndim == 2 and x.shape[1] == T else x for x in parts]
     if kind == "backward":
         w, u, k, v = parts  # w: d / d log(-w) = w d / dw
         return [k, v, w / np.asarray(args[2]), u]
     return parts
 
 
-def measure(name, kind, shape, source, repeats, bandwidth):
-    """One row: all sides in turn."""
+def measure(name, shape, source, repeats, bandwidth):
+    """Rows of the three passes: all sides in turn."""
     args = scans.inputs(name, shape, jnp.bfloat16)
     dy = jnp.asarray(np.random.default_rng(1).normal(size=args[0].shape), jnp.bfloat16)
     makers = {f"ours, {impl}": functools.partial(ours, name, args, dy, impl) for impl in WAYS}
@@ -169,11 +175,19 @@ def measure(name, kind, shape, source, repeats, bandwidth):
     sides, failed = {}, {}
     for side, make in makers.items():
         try:
-            sides[side] = make()[kind]
-            sides[side]()
+            sides[side] = make()
+            for call in sides[side].values():
+                call()
         except Exception as err:  # noqa: BLE001 - a peer that is not there or does not run
             sides.pop(side, None)
             failed[side] = f"{type(err).__name__}: {err}".splitlines()[0][:300]
+    for kind in PASSES:
+        one = functools.partial(compare, name, kind, shape, args, repeats, bandwidth)
+        yield one({side: calls[kind] for side, calls in sides.items()}) | {"failed": failed}
+
+
+def compare(name, kind, shape, args, repeats, bandwidth, sides):
+    """One row."""
 
     def many(side, call):
         def run():
@@ -203,7 +217,7 @@ def measure(name, kind, shape, source, repeats, bandwidth):
         "recurrence": name, "pass": kind, "shape": shape, "dtype": "bfloat16", "floor_s": floor,
         "bar": BARS.get((name, kind)), "over_floor": {s: t / floor for s, t in median.items()},
         "over_ours": {s: t / median["ours, pallas"] for s, t in median.items()}, **found,
-        "apart": apart, "failed": failed,
+        "apart": apart,
     }  # fmt: skip
 
 
@@ -237,11 +251,8 @@ def main():
     }
     for name in flags.only:
         shape = list((SMALL if flags.small else CASES)[name])
-        for kind in PASSES:
-            make = functools.partial(
-                measure, name, kind, shape, flags.mamba_ssm, flags.repeats, bandwidth
-            )
-            rows = add_row(rows, ("recurrence", "pass", "shape"), make)
+        for row in measure(name, shape, flags.mamba_ssm, flags.repeats, bandwidth):
+            rows = add_row(rows, ("recurrence", "pass", "shape"), functools.partial(dict, row))
             write(
                 flags.out, rows, seed=0, repeats=flags.repeats, calls=CALLS,
                 copy_bytes_per_second=bandwidth, peers=found,
