@@ -193,7 +193,7 @@ def parser():
 
 def main():
     passed = (*SWEPT[:-1], "repeats", "hlo")
-    run(parser(), __file__, measure, SWEPT, passed, ("tiny", "check", "trace"), short)
+    run(parser().parse_args(), __file__, measure, SWEPT, passed, ("tiny", "check", "trace"), short)
 
 
 if __name__ == "__main__":

@@ -324,20 +324,21 @@ def together(script, cases, passed, switches):
             yield json.loads(said.splitlines()[-1])
 
 
-def run(p, script, measure, swept, passed, switches, line):
+def run(flags, script, measure, swept, passed, switches, line):
     """The command line of a sweep: rows of every combination, one after the other, into --out.
 
     swept: flags that take several values; passed, switches: those that a process is handed; line:
     row -> a line of the table.
     """
-    begun, flags = time.time(), p.parse_args()
+    begun = time.time()
+    flags.out = Path("-") if flags.tiny else flags.out
     grid = itertools.product(flags.only, *(getattr(flags, name) for name in swept))
     cases = [
         (case, argparse.Namespace(**{**vars(flags), **dict(zip(swept, values, strict=True))}))
         for case, *values in grid
     ]
     if not flags.sweep and len(cases) > len(flags.only):
-        p.error("several values of a flag: add --sweep, or name one of each")
+        raise SystemExit("error: several values of a flag: add --sweep, or name one of each")
     size = flags.jobs if flags.sweep else 1
     for at in range(0, len(cases), size):
         batch = cases[at : at + size]
@@ -367,7 +368,8 @@ def sweep_flags(p, out):
     p.add_argument("--total", type=float, default=1e9, help="seconds after which none is started")
     p.add_argument("--trace", action="store_true", help="also the device's longest kernels")
     p.add_argument("--tiny", action="store_true", help="small models, on any machine")
-    p.add_argument("--out", type=Path, default=Path(f"experiments/results/{out}.json"))
+    p.add_argument("--out", type=Path, default=Path(f"experiments/results/{out}_gpu.json"),
+                   help="rows are added to it (-: on stdout, as always with --tiny)")  # fmt: skip
 
 
 def why(text):
@@ -379,7 +381,7 @@ def why(text):
 
 def main():
     passed = (*SWEPT[:-1], "T", "accumulate", "warmup", "repeats")
-    run(parser(), __file__, measure, SWEPT, passed, ("tiny", "check", "trace"), short)
+    run(parser().parse_args(), __file__, measure, SWEPT, passed, ("tiny", "check", "trace"), short)
 
 
 if __name__ == "__main__":
