@@ -8,6 +8,13 @@ import statistics
 import sys
 from pathlib import Path
 
+from hybrid_tables import (
+    hybrid_curve,
+    hybrid_diversity,
+    hybrid_parts,
+    hybrid_sources,
+    hybrid_tasks,
+)
 from scipy import stats
 from speed_tables import accelerator, decode, growth, loading, prefill
 from speed_tables import table as _table
@@ -252,31 +259,6 @@ def generation() -> str:
     ])  # fmt: skip
 
 
-def hybrid_diversity() -> str:
-    """What pools of the dense parents gain over the best of them."""
-    r = json.loads((RESULTS / "hybrid_diversity.json").read_text())
-    K, pools = len(r["names"]), ("even pool", "fitted pool", "fitted mixture")
-    best = min(r["names"], key=lambda n: r["nll"][n])
-    rows = [(x["source"], f"{x['tokens']:,}", f"{min(x['nll'][n] for n in r['names']):.4f}",
-             *(f"{x['gain'][p]:+.4f}" for p in pools)) for x in r["rows"]]  # fmt: skip
-    gain = {p: r["nll"][best] - r["nll"][p] for p in pools}
-    rows.append(("**all**", f"{r['tokens']:,}", f"{r['nll'][best]:.4f} ({best})",
-                 *(f"{gain[p]:+.4f}" for p in pools)))  # fmt: skip
-    weights = ", ".join(
-        f"{n} {w:.2f}" for n, w in zip(r["names"], r["weights"]["fitted pool"], strict=True)
-    )
-    pairs = [(r["kl"][i][j], r["names"][i], r["names"][j])
-             for i in range(K) for j in range(K) if i != j]  # fmt: skip
-    low, high = min(pairs), max(pairs)
-    return "\n".join([
-        "Nats a token that a pool gains over the best single parent of the same text:", "",
-        *_table(("text", "tokens", "best parent", *pools), rows), "",
-        f"Weights of the fitted (log-linear) pool: {weights}. KL between two parents: "
-        f"{low[0]:.2f} ({low[1]} to {low[2]}) to {high[0]:.2f} ({high[1]} to {high[2]}) nats a "
-        f"token; their losses correlate at {min(min(c) for c in r['correlation']):.2f} or more.",
-    ])  # fmt: skip
-
-
 def ladder() -> str:
     """Our own ladder: what was forecast, and what came."""
     r = json.loads((RESULTS / "ladder.json").read_text())
@@ -330,100 +312,6 @@ def tiers() -> str:
     return "\n".join(_table(
         ("what", "parameters", "GiB a device", "fits", "hours", "seconds to compile"), rows
     ))  # fmt: skip
-
-
-def _mean(rows: list[dict], key: str) -> float:
-    return sum(row[key] for row in rows) / len(rows)
-
-
-def _cells(rows: list[dict]) -> dict[str, list[dict]]:
-    """Rows of the hybrid studies by their cell."""
-    return {c: [r for r in rows if r["cell"] == c] for c in dict.fromkeys(r["cell"] for r in rows)}
-
-
-def _gap(x: dict | None) -> str:
-    """A paired difference with its interval."""
-    return f"{x['mean']:+.4f} [{x['low']:+.4f}, {x['high']:+.4f}]" if x else ""
-
-
-def hybrid_parts() -> str:
-    """What each part of a DELVE is worth."""
-    r = json.loads((RESULTS / "hybrid_parts.json").read_text())
-    cells, rows = _cells(r["rows"]), []
-    for name in sorted(cells, key=lambda c: (c != "base", _mean(cells[c], "report"))):
-        mine, gap = cells[name], r["against_base"].get(name, {})
-        rows.append((name, f"{_mean(mine, 'parameters'):,.0f}", f"{len(mine)}",
-                     f"{_mean(mine, 'step_0'):.4f}", f"{_mean(mine, 'report'):.4f}",
-                     _gap(gap.get("report"))))  # fmt: skip
-    head = ("cell", "parameters", "seeds", "step 0", "healed", "minus base, 95 %")
-    lines = [
-        f"Nats per token on {r['scored_tokens']:,} report tokens, {r['healing_tokens']:,} healing "
-        "tokens each; one difference from `base` a cell. Means are of a cell's own seeds, "
-        "differences are paired:", "", *_table(head, rows),
-    ]  # fmt: skip
-    if "cross - self" in r["against_base"]:
-        lines += ["", "Cross minus self connectors (the same parameters; self hears only its own "
-                  f"stream): {_gap(r['against_base']['cross - self']['report'])}."]  # fmt: skip
-    return "\n".join(lines)
-
-
-def hybrid_curve() -> str:
-    """DELVE against what else the same parameters and tokens could be."""
-    r = json.loads((RESULTS / "hybrid_curve.json").read_text())
-    cells, rows = _cells(r["rows"]), []
-    for size, gaps in sorted(r["delve_minus"].items(), key=lambda x: float(x[0])):
-        rows.append((f"**{size}** DELVE", *_scores(cells[f"delve {size}"]), ""))
-        for kind, gap in sorted(
-            gaps.items(), key=lambda x: _mean(cells[f"{x[0]} {size}"], "report")
-        ):
-            rows.append((f"{size} {kind}", *_scores(cells[f"{kind} {size}"]), _gap(gap)))
-    for name in sorted(c for c in cells if c.startswith("dense")):
-        rows.append((name, *_scores(cells[name]), ""))
-    head = ("N and model", "parameters", "seeds", "nats per token", "DELVE minus it, 95 %")
-    return "\n".join([
-        f"N in units of the largest parent ({r['largest']:,} parameters), {r['healing_tokens']:,} "
-        f"tokens of healing (or of training) each, {r['scored_tokens']:,} report tokens:", "",
-        *_table(head, rows),
-    ])  # fmt: skip
-
-
-def hybrid_tasks() -> str:
-    """What DELVE, its parents and its rivals know: BLiMP and LAMBADA."""
-    r = json.loads((RESULTS / "hybrid_tasks.json").read_text())
-    cells = _cells(r["rows"])
-    mean_bits = lambda x: sum(x["bits_per_byte"].values()) / len(x["bits_per_byte"])  # noqa: E731
-    rows = [
-        (name, f"{_mean(mine, 'parameters'):,.0f}", f"{len(mine)}",
-         f"{_mean(mine, 'blimp'):.3f}", f"{_mean(mine, 'blimp_corrected'):.3f}",
-         f"{_mean(mine, 'lambada'):.3f}", f"{_mean(mine, 'lambada_nats_per_token'):.3f}",
-         f"{sum(map(mean_bits, mine)) / len(mine):.3f}")
-        for name, mine in sorted(cells.items(), key=lambda x: -_mean(x[1], "blimp"))
-    ]  # fmt: skip
-    head = ("model", "parameters", "seeds", "BLiMP", "corrected", "LAMBADA", "its nats a token",
-            "bits per byte")  # fmt: skip
-    first = r["rows"][0]
-    return "\n".join([
-        f"BLiMP: accuracy over {len(first['blimp_each'])} paradigms, {r['pairs']} pairs each, and "
-        "(accuracy - 1/2) / (1/2). LAMBADA: accuracy and nats a token of the last word, "
-        f"{r['lambada_lines']} lines. Bits per byte: mean of {len(first['bits_per_byte'])} sources "
-        "of report text. Pairs and lines are the same for all:", "", *_table(head, rows),
-    ])  # fmt: skip
-
-
-def hybrid_sources() -> str:
-    """Bits per byte of each source of report text."""
-    r = json.loads((RESULTS / "hybrid_tasks.json").read_text())
-    cells, sources = _cells(r["rows"]), list(r["rows"][0]["bits_per_byte"])
-    rows = [
-        (source, *(f"{sum(x['bits_per_byte'][source] for x in mine) / len(mine):.3f}"
-                   for mine in cells.values()))
-        for source in sources
-    ]  # fmt: skip
-    return "\n".join(_table(("source", *cells), rows))
-
-
-def _scores(rows: list[dict]) -> tuple[str, str, str]:
-    return f"{_mean(rows, 'parameters'):,.0f}", f"{len(rows)}", f"{_mean(rows, 'report'):.4f}"
 
 
 BLOCKS = (
