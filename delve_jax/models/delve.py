@@ -19,7 +19,7 @@ from jax import lax
 
 from .. import models
 from ..config import DelveConfig, DelveError
-from .linear import at_least_f32, linear, rms_norm, wide
+from .linear import at_least_f32, linear, product, rms_norm, wide
 
 HUB_EPS = 1e-6
 SOFT = 0.25  # width of the sigmoid that stands for a router's step in its gradient
@@ -262,11 +262,9 @@ def head(cfg: DelveConfig, params: dict, f: dict, present_BTK=None) -> jax.Array
         codes = [
             wide(linear({"kernel": params["streams"][n]["head"]["v"]}, f[n])) for n in cfg.names
         ]
-        u_rV = params["codes"]["head"]["u"].astype(f[cfg.names[0]].dtype)
-        parts = [
-            jnp.matmul(z.astype(u_rV.dtype), u_rV, preferred_element_type=dtype)
-            for z in (sum(a[..., j, k, None] * z for k, z in enumerate(codes)) for j in latents)
-        ]
+        narrow, u_rV = f[cfg.names[0]].dtype, params["codes"]["head"]["u"]
+        pooled = (sum(a[..., j, k, None] * z for k, z in enumerate(codes)) for j in latents)
+        parts = [product(z.astype(narrow), u_rV, dtype) for z in pooled]
     else:
         own = stream_logits(cfg, params, f)
         parts = [sum(a[..., j, k, None] * ell for k, ell in enumerate(own)) for j in latents]

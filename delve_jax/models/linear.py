@@ -30,11 +30,15 @@ def at_least_f32(dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+@functools.cache
 def on_cuda() -> bool:
-    """Whether the default backend is NVIDIA's (AMD's has the same name "gpu")."""
+    """Whether the default backend is NVIDIA's, of compute capability 8 or more: what cuDNN's fused
+    attention and Triton ask for. (AMD's has the same name "gpu"; a T4 has 7.5.)"""
     if jax.default_backend() != "gpu":
         return False
-    return "cuda" in jax.extend.backend.get_backend().platform_version
+    if "cuda" not in jax.extend.backend.get_backend().platform_version:
+        return False
+    return float(jax.local_devices()[0].compute_capability) >= 8
 
 
 def wide(x: jax.Array) -> jax.Array:
@@ -42,12 +46,12 @@ def wide(x: jax.Array) -> jax.Array:
     return x.astype(at_least_f32(x.dtype))
 
 
-def _product(x: jax.Array, w: jax.Array, out=None) -> jax.Array:
+def product(x: jax.Array, w: jax.Array, out=None) -> jax.Array:
     """x [.., I] w [I, O] in x's dtype, or summed up in `out`.
 
     Where that is wider, the cotangent is rounded to x's dtype before it is multiplied: else XLA
     multiplies wide numbers for both gradients, at a fraction of the speed (of a step of Qwen3 1B on
-    an H200 the head's took a fifth). The gradient of w is summed up in w's own dtype.
+    an H200 those of the head took a fifth). The gradient of w is summed up in w's own dtype.
     """
     if out is None or jnp.dtype(out) == x.dtype:
         return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=out)
@@ -74,7 +78,7 @@ def linear(p: dict, x: jax.Array, out=None) -> jax.Array:
     # rows in one axis: XLA's CPU products and their gradients are faster so
     x, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]
     if "kernel" in p:
-        y = _product(x, p["kernel"], out)
+        y = product(x, p["kernel"], out)
     else:
         y = _expand(p, _reduce(p, x), out)
     y = y.reshape(*lead, y.shape[-1])
@@ -95,7 +99,7 @@ def _reduce(p: dict, x: jax.Array) -> jax.Array:
 def _expand(p: dict, z: jax.Array, out=None) -> jax.Array:
     """z [.., K] -> y [.., O]."""
     name = next(name for name in ("u", "u_q", "u_rest") if name in p)
-    y = _product(z, p[name], out)
+    y = product(z, p[name], out)
     if name == "u_rest":
         return jnp.take(jnp.concatenate([z.astype(y.dtype), y], axis=-1), p["order"], axis=-1)
     return y
@@ -119,7 +123,7 @@ def lookup(p: dict, tokens: jax.Array, dtype=None) -> jax.Array:
 def transposed(p: dict, x: jax.Array, out=None) -> jax.Array:
     """x [.., D] times the transpose of a table [V, D] -> [.., V]: the head of a tied model."""
     if "kernel" in p:
-        return _product(x, p["kernel"].T, out)
+        return product(x, p["kernel"].T, out)
     if "u_rest" in p:
         rank, size = p["u_rest"].shape[0], sum(p["u_rest"].shape)
         x = jnp.zeros((*x.shape[:-1], size), x.dtype).at[..., p["order"]].add(x)
@@ -129,7 +133,7 @@ def transposed(p: dict, x: jax.Array, out=None) -> jax.Array:
     else:
         z = x @ p["u"].astype(x.dtype).T
     v_VK = p["v_q"] if "v_q" in p else p["v"]
-    return _product(z, v_VK.T, out)
+    return product(z, v_VK.T, out)
 
 
 def materialise(p: dict) -> jax.Array:
