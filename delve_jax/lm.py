@@ -124,7 +124,10 @@ class LM:
         half.replace(path)
 
     def load_state(self, path) -> dict:
-        """The state that `save_state` wrote. DelveError: damaged, or of another architecture."""
+        """The state that `save_state` wrote, in the dtypes of this model's states.
+
+        DelveError: damaged, or of another architecture.
+        """
         try:
             with np.load(path, allow_pickle=False) as file:
                 made_for = str(file["model"])

@@ -222,6 +222,16 @@ def scored(cfg, params, **more):
 # ---- results -------------------------------------------------------------------------------------
 
 
+def as_row(cell, seed, fields):
+    """A row of results: what was made, by which code, on which device, with which versions."""
+    versions = metrics.versions()
+    return {
+        "cell": cell, "seed": seed, **fields, "code": code_hash(),
+        "device": jax.devices()[0].device_kind,
+        "made_with": {k: versions[k] for k in ("python", "jax", "numpy")},
+    }  # fmt: skip
+
+
 class Results:
     """Rows of one study, saved one by one; a row that is there is not made again."""
 
@@ -238,8 +248,7 @@ class Results:
         for row in self.rows:
             if (row["cell"], row["seed"]) == (cell, seed):
                 return row
-        row = {"cell": cell, "seed": seed, **make(), "code": code_hash()}
-        row["device"] = jax.devices()[0].device_kind
+        row = as_row(cell, seed, make())
         self.rows.append(row)
         self.save()
         print(json.dumps({k: v for k, v in row.items() if not k.endswith("_each")}), flush=True)

@@ -47,10 +47,7 @@ def make(study, cell, seed):
         fields = hybrid_curve.MAKERS[kind](int(float(size) * hybrid.LARGEST), seed)
     else:
         fields = hybrid_parts.make(cell, seed)
-    versions = hybrid.metrics.versions()
-    return {"cell": cell, "seed": seed, **fields, "code": hybrid.code_hash(),
-            "device": jax.devices()[0].device_kind,
-            "made_with": {k: versions[k] for k in ("python", "jax", "numpy")}}  # fmt: skip
+    return hybrid.as_row(cell, seed, fields)
 
 
 def join(*task):

@@ -135,6 +135,20 @@ def test_gradients_of_bfloat16_logits(tied):
     np.testing.assert_allclose(np.asarray(dx, np.float64), g64 @ w64.T, rtol=2e-2, atol=0.2)
 
 
+def test_int8_factors_pass_a_gradient_on():
+    """They have none themselves: integers, whatever dtype the product is summed up in."""
+    x = jax.random.normal(jax.random.key(0), (3, 8), jnp.bfloat16)
+    p = {
+        "v_q": jnp.arange(-16, 16, dtype=jnp.int8).reshape(8, 4), "q_scale": jnp.full(4, 0.01),
+        "u_q": jnp.arange(-12, 12, dtype=jnp.int8).reshape(4, 6),
+    }  # fmt: skip
+    dx = jax.grad(lambda x: linear(p, x, jnp.float32).sum())(x)
+    w = (np.asarray(p["v_q"], float) * 0.01) @ np.asarray(p["u_q"], float)
+    np.testing.assert_allclose(
+        np.asarray(dx, float), np.broadcast_to(w.sum(1), (3, 8)), rtol=2e-2, atol=0.05
+    )
+
+
 def test_activations_follow_weights_on_an_accelerator(monkeypatch, tmp_path):
     """All weights in bfloat16: so are the activations there, and a saved state comes back."""
     cfg = NeoxConfig(vocab_size=V, vocab_rows=V, d_model=16, n_layers=1, n_heads=2, d_ffn=32)

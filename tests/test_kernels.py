@@ -106,6 +106,17 @@ def test_bfloat16_in_and_out_with_a_float32_state(name):
     jax.tree.map(lambda a, b: close(a, b, 2**-7), got, want)
 
 
+def test_a_model_gives_dt_in_float32():
+    """Beside 16-bit rows: dt is not rounded, its gradient neither."""
+    args = arrays("mamba", 4, 32, 4, jnp.bfloat16)
+    args["dt_BTE"] = arrays("mamba", 4, 32, 4)["dt_BTE"]
+    del args["state_BEN"]
+    got, want = (projected("mamba", impl, 2)(args) for impl in ("pallas", "sequential"))
+    assert got[1]["dt_BTE"].dtype == jnp.float32
+    close(got[0][1], want[0][1])  # the last state is float32: a rounded dt would show in it
+    close(got[1]["dt_BTE"], want[1]["dt_BTE"], 1e-3)
+
+
 def test_wkv_of_extreme_keys():
     """Keys of +-80 and a key of no weight at all: only the running maximum survives."""
     args = arrays("wkv", 3, 32, 0)

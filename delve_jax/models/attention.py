@@ -58,7 +58,7 @@ def attend(q_BTHh, k_BTGh, v_BTGh, state, ctx):
 
 
 def choice(dtype, impl: str | None = None) -> str:
-    """ "cudnn" or "blocks" for a whole text in `dtype` on this platform."""
+    """How a whole text in `dtype` is attended to on this platform: "cudnn" or "blocks"."""
     best = impl or DEFAULT.get(jax.default_backend(), "blocks")
     if best not in ("cudnn", "blocks"):
         raise ValueError(f"attention: impl {best!r}")
@@ -77,7 +77,9 @@ def weighted(q_BTHh, k_BGSh, v_BGSh, mask_B1TS, causal: bool = False, impl: str 
     cuDNN, which a causal text takes where `choice` says so; impl: "blocks" or "cudnn" (CUDA).
     """
     (b, T, H, h), G = q_BTHh.shape, k_BGSh.shape[1]
-    fits = causal and h <= WIDEST_HEAD and h % 8 == 0 and (mask_B1TS is None or T % 2 == 0)
+    # short texts gain nothing; as a bias, a mask of an odd length is refused
+    fits = causal and T >= QUERIES and h <= WIDEST_HEAD and h % 8 == 0
+    fits &= mask_B1TS is None or T % 2 == 0
     if fits and choice(q_BTHh.dtype, impl) == "cudnn":
         # a mask (documents, padding) is read as a bias of the scores, whose gradient nobody asks
         # for; its packed rows (offsets) need a bound of the documents a row, and memory by it

@@ -110,7 +110,7 @@ MAMBA, WKV = (_mamba_step, _mamba_pull), (_wkv_step, _by_vjp(_wkv_step))
 
 # Tiles, tokens of a turn, tokens of a kept state, what reads ahead (forward, backward): the best of
 # 29 variants on an H200 (results/scan_tiles_gpu.json), of nearly equal ones what compiles soonest.
-# Still 2.3 (wkv) and 7 (Mamba) times the bandwidth's floor forward, 4 and 14 times backward.
+# Still 2.7 (wkv) and 7 (Mamba) times the bandwidth's floor forward, 4 and 14 times backward.
 TUNED = {
     "mamba": {
         "forward": (1, 32, (1, 4, 4)), "backward": (1, 32, (1, 4, 4)), "unroll": 8, "chunk": 4,

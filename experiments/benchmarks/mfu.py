@@ -269,7 +269,11 @@ def short(row):
 def append(file, row, line):
     """The row to the file's; one row a write, so that none is lost."""
     known = json.loads(file.read_text())["rows"] if file.exists() else []
-    result = {"versions": versions(), "rows": [*known, row]}
+    result = {
+        "command": "python " + " ".join(sys.argv), "seed": 0, "versions": versions(),
+        "machine": {"device": row.get("device"), "cores": os.cpu_count()},
+        "rows": [*known, row],
+    }  # fmt: skip
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n")
     print(line(row), flush=True)

@@ -205,10 +205,11 @@ def compare(name, kind, shape, args, repeats, bandwidth, sides):
     seconds, given = turns({side: many(side, call) for side, call in sides.items()}, repeats)
     found = summary({side: [x / CALLS for x in xs] for side, xs in seconds.items()})
     every = {side: numbers(side, kind, args, given[side]) for side in sides}
+    reference = next(side for side in ("ours, chunked", *sides) if side in sides)
     apart = {
         side: [
             float(np.abs(a - b).max() / np.abs(b).max())
-            for a, b in zip(got, every["ours, chunked"], strict=True)
+            for a, b in zip(got, every[reference], strict=True)
         ]
         for side, got in every.items()
     }
@@ -216,8 +217,8 @@ def compare(name, kind, shape, args, repeats, bandwidth, sides):
     return {
         "recurrence": name, "pass": kind, "shape": shape, "dtype": "bfloat16", "floor_s": floor,
         "bar": BARS.get((name, kind)), "over_floor": {s: t / floor for s, t in median.items()},
-        "over_ours": {s: t / median["ours, pallas"] for s, t in median.items()}, **found,
-        "apart": apart,
+        "over_ours": {s: t / median.get("ours, pallas", np.nan) for s, t in median.items()},
+        **found, "apart_from": reference, "apart": apart,
     }  # fmt: skip
 
 

@@ -111,7 +111,8 @@ def add_row(rows: list, key: tuple, make) -> list:
 def write(file: Path, rows: list, **facts) -> None:
     """The result file; how busy the machine was is in the `load` of each row."""
     result = {
-        "command": "taskset -c 0,1 python " + " ".join(sys.argv),
+        "command": "taskset -c 0,1 " * (jax.default_backend() == "cpu")
+        + "python " + " ".join(sys.argv),
         "versions": versions(),
         "machine": {
             "device": jax.devices()[0].device_kind, "cores": sorted(os.sched_getaffinity(0)),
