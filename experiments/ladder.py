@@ -6,6 +6,8 @@ Command: python experiments/ladder.py STAGE, in this order; each goes on where i
   forecast    fit and forecast TARGET; refuses once a run at TARGET exists. Commit what it writes
   target      the forecast configuration, three seeds, and the comparison with the forecast
   adamw       AdamW, tuned at the same reference point, at equal compute, three seeds
+  far_forecast, far   the same for FAR, 31 times the largest fitted budget, from the same ladder,
+              with AdamW beside; for a GPU
   table       what is there on one screen, and the picture
 Raw bytes (no tokenizer), rows of 128, 24 MB of the train split; a point's loss is nats per byte on
 300 kB of the report split, what was tuned on saw the choose split alone. Toy scale: the published
@@ -29,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXT = ROOT.parent / "shared" / "data" / "text"
 RESULTS = ROOT / "experiments" / "results"
 WORK = ROOT / "out" / "ladder"
-OUT, FORECAST = RESULTS / "ladder.json", RESULTS / "ladder_forecast.json"
+OUT = RESULTS / "ladder.json"
 
 # sizes and shares of the toy suite; its rates come from the stage `reference`
 TOY = {"seq_len": 128, "vocab_size": 256, "head_dim": 8, "min_hidden": 16, "fine_step": 8,
@@ -37,7 +39,8 @@ TOY = {"seq_len": 128, "vocab_size": 256, "head_dim": 8, "min_hidden": 16, "fine
        "max_tokens_per_param": 250.0, "max_lr": 0.5}  # fmt: skip
 REFERENCE = {"flops": 6e11, "hidden": 64}  # where rates are tuned; B0 and T0 are this run's
 BUDGETS = (1e11, 2.4e11, 5.7e11, 1.35e12, 3.2e12)
-TARGET = 1e13
+TARGET, FAR = 1e13, 1e14
+FORECASTS = {TARGET: RESULTS / "ladder_forecast.json", FAR: RESULTS / "ladder_far_forecast.json"}
 SEEDS = (0, 1, 2)
 SIZES = 6  # widths of a budget: those whose tokens a parameter are nearest to RATIO
 RATIO = 25.0  # 8 at first: the optima then lay at the smallest widths, so smaller ones were added
@@ -159,26 +162,55 @@ def ladder():
         save(ladder=rows)
 
 
-def make_forecast():
-    """What TARGET will give, written before any run of that size exists."""
-    if any((WORK / "target" / "runs").glob("*")):
-        raise DelveError(f"{WORK / 'target'}: runs at the target exist; a forecast comes before")
+def points_file():
+    """The ladder's rows as the CSV that the verb reads."""
+    rows = read_json(OUT)["ladder"]
+    names = ("flops", "params", "tokens", "loss")
+    file = WORK / "points.csv"
+    WORK.mkdir(parents=True, exist_ok=True)
+    lines = [",".join(repr(row[n]) for n in names) for row in rows]
+    file.write_text("\n".join([",".join(names), *lines]) + "\n")
+    return file
+
+
+PLACES = {TARGET: "target", FAR: "far"}  # of the runs
+
+
+def make_forecast(C=TARGET):
+    """What C will give, written before any run of that size exists."""
+    place = WORK / PLACES[C]
+    if place.exists() or PLACES[C] in read_json(OUT):
+        raise DelveError(f"{place}: runs at the target exist; a forecast comes before")
     rules = dataclasses.replace(recipe.DELPHI, **TOY, **constants())
-    out = forecast.forecast(WORK / "ladder" / "points.csv", [TARGET], recipe=rules)
+    out = forecast.forecast(points_file(), [C], recipe=rules)
     out["fit"]["source"] = "experiments/results/ladder.json"
+    stage = "forecast" if C == TARGET else "far_forecast"
     facts = {
-        "command": "python experiments/ladder.py forecast", "versions": metrics.versions(),
-        "seeds": {"bootstrap": forecast.SEED}, "target": TARGET, "recipe": constants(),
+        "command": f"python experiments/ladder.py {stage}", "versions": metrics.versions(),
+        "seeds": {"bootstrap": forecast.SEED}, "target": C, "recipe": constants(),
     }  # fmt: skip
-    FORECAST.write_text(json.dumps(facts | out, indent=1) + "\n")
+    FORECASTS[C].write_text(json.dumps(facts | out, indent=1) + "\n")
     print(json.dumps(out["forecasts"], indent=1))
 
 
-def told():
-    """The committed forecast of TARGET."""
-    if not FORECAST.exists():
+def told(C=TARGET):
+    """The committed forecast of C."""
+    if not FORECASTS[C].exists():
         raise DelveError("run the stage `forecast` first, and commit what it writes")
-    return read_json(FORECAST)["forecasts"][0]
+    return read_json(FORECASTS[C])["forecasts"][0]
+
+
+def against(said, rows):
+    """How far off the forecast was."""
+    losses = np.array([r["loss"] for r in rows])
+    low, high = said["interval"]
+    C = rows[0]["flops"]
+    return {
+        "flops": C, "times_the_largest_fitted": C / max(BUDGETS),
+        "forecast": said["loss"], "interval": said["interval"], "loss": float(losses.mean()),
+        "spread_of_seeds": float(losses.std(ddof=1)), "error": said["loss"] / losses.mean() - 1,
+        "inside": [bool(low <= x <= high) for x in losses],
+    }  # fmt: skip
 
 
 def target():
@@ -186,14 +218,27 @@ def target():
     said = told()
     rows = trained("target", constants(), flops=[TARGET], widths=[said["config"]["hidden"]],
                    seeds=SEEDS)  # fmt: skip
-    losses = np.array([r["loss"] for r in rows])
-    low, high = said["interval"]
-    save(target=rows, comparison={
-        "flops": TARGET, "times_the_largest_fitted": TARGET / max(BUDGETS),
-        "forecast": said["loss"], "interval": said["interval"], "loss": float(losses.mean()),
-        "spread_of_seeds": float(losses.std(ddof=1)), "error": said["loss"] / losses.mean() - 1,
-        "inside": [bool(low <= x <= high) for x in losses],
-    })  # fmt: skip
+    save(target=rows, comparison=against(said, rows))
+
+
+def far():
+    """FAR as it was forecast, and AdamW at equal compute: at its tuned and the transferred rate."""
+    said, base = told(FAR), constants()
+    H, given = said["config"]["hidden"], read_json(OUT)["reference"]["adamw_given"]
+    rules = dataclasses.replace(recipe.DELPHI, **TOY, **base)
+    ways = {"adamh": {}, **{
+        name: {"given": given | {"lr": rate}} for name, rate in (
+            ("adamw", given["lr"]),
+            ("adamw, transferred rate", rules.config(FAR, H)["lr"] / rules.lr0 * given["lr"]),
+        )
+    }}  # fmt: skip
+    rows = {name: trained(f"far/{name.replace(', ', '-').replace(' ', '-')}", base, flops=[FAR],
+                          widths=[H], seeds=SEEDS, **how)
+            for name, how in ways.items()}  # fmt: skip
+    import jax
+
+    save(far={"rows": rows, "device": jax.devices()[0].device_kind,
+              "comparison": against(said, rows["adamh"])})  # fmt: skip
 
 
 def adamw():
@@ -225,11 +270,11 @@ def table():
     from delve_jax.delphi import plots
 
     r = read_json(OUT)
-    for key in ("reference", "comparison", "optimizers"):
+    for key in ("reference", "comparison", "optimizers", "far"):
         print(key, json.dumps(r.get(key), indent=1))
-    if FORECAST.exists():
-        told = read_json(FORECAST)
-        runs = points.read(WORK / "ladder" / "points.csv")
+    if FORECASTS[TARGET].exists():
+        told = read_json(FORECASTS[TARGET])
+        runs = points.read(points_file())
         columns = np.stack([runs.C, runs.N, runs.T, runs.L], 1).tolist()
         names = ("flops", "params", "tokens", "loss")
         told["runs"] = [dict(zip(names, row, strict=True)) for row in columns]
@@ -237,7 +282,8 @@ def table():
 
 
 STAGES = {"reference": reference, "ladder": ladder, "forecast": make_forecast, "target": target,
-          "adamw": adamw, "table": table}  # fmt: skip
+          "adamw": adamw, "far_forecast": lambda: make_forecast(FAR), "far": far,
+          "table": table}  # fmt: skip
 
 
 def main():
