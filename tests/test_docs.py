@@ -257,7 +257,8 @@ QUOTED = {  # page -> what it quotes of the committed results
     "delphi.md": lambda: [
         *(f"{100 * s['mean_abs_error']:.1f}" for s in downstream()),
         *(f"{s['covered']} of {s['forecasts']}" for s in downstream()),
-        f"{result('ladder')['comparison']['error']:.2%}".replace("-", "−").replace("%", " %"),
+        *(f"{c['error']:.2%}".replace("-", "−").replace("%", " %")
+          for c in (result("ladder")["comparison"], result("ladder")["far"]["comparison"])),
     ],
 }  # fmt: skip
 
