@@ -23,6 +23,7 @@ from .config import Config, DelveError, to_json
 
 STATE_FORMAT = 2  # of saved states; those of another are refused (2: caches heads first)
 BFLOAT16 = ".bfloat16"  # ends the names of such arrays in saved states
+MOST_APART = 64  # layers of a step that is no loop: each takes a fifth of a second to compile
 PAD_TO = 32  # prompts are left-padded to multiples of this, so few lengths are compiled
 
 
@@ -105,7 +106,8 @@ class LM:
         padded_BT = jnp.pad(tokens_BT, ((0, 0), (pad, 0)))
         state = self.init_state(b, T + pad + max_new_tokens)
         new = self._decode(
-            self.params, padded_BT, mask_BT, state, jax.random.key(seed),
+            self.params, layers_apart(self.config, self.params),
+            padded_BT, mask_BT, state, jax.random.key(seed),
             jnp.float32(temperature or 1.0), jnp.float32(top_p) if top_p < 1 else None,
             n=max_new_tokens, sample=temperature > 0, stop=tuple(map(int, stop)),
             top_k=min(top_k, self.config.vocab_size),
@@ -184,10 +186,46 @@ def compute_of(params: dict) -> str:
     return "bfloat16" if rounded and jax.default_backend() != "cpu" else "float32"
 
 
+def layers_apart(cfg: Config, params: dict) -> dict:
+    """The tree with a tuple of the layers' trees in the place of their stacks, for single steps.
+
+    In a loop over stacks XLA copies every layer's weights out before a product reads them, which is
+    half of a step on a CPU. Here the layers are views there, without bytes of their own; on a GPU a
+    second copy of the layers as long as a call, where it has room. The stacks as they are: on other
+    devices, of a DELVE, sharded or very deep models, in int8 (a loop's constants get converted once
+    and then stay: four times their bytes).
+    """
+    if cfg.family == "delve" or cfg.n_layers > MOST_APART or cfg.storage == "int8":
+        return params
+    stacks, form = jax.tree.flatten(params["layers"])
+    device, *others = stacks[0].devices()
+    if others or device.platform not in ("cpu", "gpu"):
+        return params
+    if device.platform == "cpu":
+        rows = [list(np.asarray(a)) for a in stacks]
+        rows = jax.device_put(rows, device, may_alias=True)
+    else:
+        known = device.memory_stats() or {}
+        free = known.get("bytes_limit", 0) - known.get("bytes_in_use", 0)
+        if 1.2 * sum(a.nbytes for a in stacks) > free:  # 0.2: what else a call needs
+            return params
+        rows = _rows(stacks)
+    return {**params, "layers": tuple(map(form.unflatten, zip(*rows, strict=True)))}
+
+
+@jax.jit
+def _rows(stacks: list) -> list[list]:
+    return [list(a) for a in stacks]
+
+
 def _decode(
-    cfg, how, params, tokens_BT, mask_BT, state, key, temperature, top_p, *, n, sample, top_k, stop
-):
-    """Prefill, then at most n - 1 single steps in one compiled loop -> new ids [B, n]."""
+    cfg, how, params, steps, tokens_BT, mask_BT, state, key, temperature, top_p,
+    *, n, sample, top_k, stop,
+):  # fmt: skip
+    """Prefill, then at most n - 1 single steps in one compiled loop -> new ids [B, n].
+
+    steps: the parameters as `layers_apart` gives them.
+    """
 
     def pick(logits_BV, key):
         if sample:
@@ -211,7 +249,7 @@ def _decode(
 
     def one(carry):
         i, token_B, state, new_nB = carry
-        logits, state = models.forward(cfg, params, token_B[:, None], state, how=how)
+        logits, state = models.forward(cfg, steps, token_B[:, None], state, how=how)
         token_B = jnp.where(ended(token_B), token_B, pick(logits[:, -1], keys[i]))
         return i + 1, token_B, state, new_nB.at[i].set(token_B)
 

@@ -280,6 +280,10 @@ def ladder() -> str:
         ))  # fmt: skip
     text += _table(("FLOPs", "of the largest fitted", "forecast, nats a byte", "came", "error",
                     "inside"), rows)  # fmt: skip
+    left = json.loads((RESULTS / "ladder_forecast.json").read_text())["fit"]["validation"]
+    text += ["", "Leaving the largest budgets out beforehand: errors of "
+             f"{left['rms_error']:.1%} rms, at most {left['largest_error']:.1%}, {left['covered']} "
+             f"of {left['of']} inside their intervals."]  # fmt: skip
     if "optimizers" in r:
         x = r["optimizers"]
         sides = {n: (v["losses"], v["lr"]) for n, v in x.items() if isinstance(v, dict)}

@@ -13,8 +13,17 @@ from tokenizers import Tokenizer
 
 import delve_jax
 from delve_jax import checkpoint, cli, models, parents, road
-from delve_jax.compress import assembly, compress, curves, moments, spectra, vocab
-from delve_jax.compress.factorize import factor, svd
+from delve_jax.compress import (
+    assembly,
+    behind,
+    compress,
+    curves,
+    device,
+    moments,
+    spectra,
+    vocab,
+)
+from delve_jax.compress.factorize import anchored, factor, svd
 from delve_jax.compress.moments import HEAD_TOKENS, Sweep
 from delve_jax.compress.spectra import InMemory, at
 from delve_jax.config import DelveConfig, DelveError, MambaConfig, NeoxConfig, RwkvConfig
@@ -726,3 +735,158 @@ def test_bad_input_is_named():
         run(cfg=dataclasses.replace(NEOX, ranks=(("att/out", (1, 1)),)))
     with pytest.raises(DelveError, match="family 'delve'"):
         run(cfg=DelveConfig(streams=(("a", NEOX),), n_superblocks=1))
+
+
+# --- what an accelerator does, made to do it here -------------------------------------------------
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """The CPU as if it were an accelerator with room, for matrices of any size."""
+    monkeypatch.setattr(device, "on", lambda: True)
+    monkeypatch.setattr(device, "takes", lambda n: True)
+    monkeypatch.setattr(device, "room", lambda: 2**30)
+
+
+def metric_of(case, w, over, rng):
+    g = rng.normal(size=(4 * w.shape[1], w.shape[1])) * np.geomspace(1, 0.1, w.shape[1])
+    if case == "few tokens":
+        g = g[: w.shape[1] // 3]
+    side = g if over == "outputs" else g @ w.T
+    return side.T @ side / len(g)
+
+
+@pytest.mark.parametrize("over", ["inputs", "outputs"])
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+@pytest.mark.parametrize("case,centred", [*((case, False) for case in CASES), ("plain", True)])
+def test_accelerator_finds_the_same_factors(case, shape, over, centred, monkeypatch):
+    """One factor in Cholesky's place of another: the same map, loss and bias, to rounding."""
+    x, w = problem(case, shape)
+    rng = np.random.default_rng(5)
+    how = {"over": over, "grad": metric_of(case, w, over, rng), "floor": spectra.FLOOR}
+    if centred:
+        how |= {"mean_I": x.mean(0), "bias_O": rng.normal(size=shape[1])}
+    rank = min(shape) // 2
+    want = factor(w, rank, gram_of(x, w, over), **how)
+    asked = []
+    real = device.two_sided
+    monkeypatch.setattr(device, "takes", lambda n: True)
+    monkeypatch.setattr(device, "two_sided", lambda *a: asked.append(real(*a)) or asked[-1])
+    got = factor(w, rank, gram_of(x, w, over), **how)
+    assert asked[0] is not None
+    np.testing.assert_allclose(got.spectrum, want.spectrum, atol=1e-10 * want.spectrum[0])
+    # where few tokens leave directions free, what counts is the outputs on the tokens
+    outputs = [x @ fit.v_IK @ fit.u_KO for fit in (got, want)]
+    np.testing.assert_allclose(*outputs, atol=1e-6 * np.abs(outputs[1]).max())
+    if case == "plain":
+        dense = [fit.v_IK @ fit.u_KO for fit in (got, want)]
+        np.testing.assert_allclose(*dense, atol=1e-8 * np.abs(w).max())
+        np.testing.assert_allclose(
+            np.linalg.norm(got.v_IK, axis=0), np.linalg.norm(got.u_KO, axis=1), rtol=1e-9
+        )
+    if centred:
+        np.testing.assert_allclose(got.bias_O, want.bias_O, atol=1e-6)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_accelerator_finds_the_same_target_behind_a_prefix(shape, biased, monkeypatch):
+    x, w = problem("plain", shape)
+    rng = np.random.default_rng(6)
+    z = x + 0.1 * rng.normal(size=x.shape)
+    wide = shape[1] > shape[0]
+    d = x - z if wide else x @ w - z @ w
+    grad = metric_of("plain", w, "inputs" if wide else "outputs", rng)
+    moments_of = {"gram_II": z.T @ z / len(z), "drift": z.T @ d / len(z), "grad": grad}
+    if biased:
+        bias_O = rng.normal(size=shape[1])
+        moments_of |= {"mean_I": z.mean(0), "shift": d.mean(0), "bias_O": bias_O}
+    want = anchored(w, **moments_of, ridge=1e-3, blend=0.5)
+    monkeypatch.setattr(device, "takes", lambda n: True)
+    got = anchored(w, **moments_of, ridge=1e-3, blend=0.5)
+    assert isinstance(got.kernel_IO, jax.Array) and got.over == want.over
+    for a, b in zip(got, want, strict=True):
+        if isinstance(b, np.ndarray):
+            np.testing.assert_allclose(np.asarray(a), b, rtol=1e-9, atol=1e-9 * np.abs(b).max())
+    fits = [goal.factor(min(shape) // 2, z.mean(0)) for goal in (got, want)]
+    np.testing.assert_allclose(*(f.v_IK @ f.u_KO for f in fits), atol=1e-8 * np.abs(w).max())
+
+
+def test_what_is_not_finite_on_the_accelerator_is_done_on_the_host(monkeypatch):
+    x, w = problem("plain", (20, 48))
+    grad = metric_of("plain", w, "inputs", np.random.default_rng(5))
+    want = factor(w, 9, gram_of(x, w, "inputs"), grad=grad)
+    monkeypatch.setattr(device, "takes", lambda n: True)
+    bad = lambda a: (jnp.full(len(a), jnp.nan), a)  # noqa: E731
+    monkeypatch.setattr(device, "_eigh", bad)
+    monkeypatch.setattr(device, "_two_sided", device._two_sided.__wrapped__)
+    got = factor(w, 9, gram_of(x, w, "inputs"), grad=grad)
+    np.testing.assert_array_equal(got.v_IK, want.v_IK)
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_accelerator_compresses_to_the_same_parent(family, tmp_path, request):
+    """From files: sums, products, boundaries that are held, files that are written behind."""
+    params, tokens = stock_parent(tmp_path / "stock", SMALL[family]), windows(SMALL[family])
+    del params
+    run = lambda: compress(  # noqa: E731
+        SMALL[family], parents.open_layers(tmp_path / "stock"), tokens, keep=0.6, progress=False
+    )
+    cfg, params, report = run()
+    want = models.forward(cfg, params, tokens[:2])[0]
+    request.getfixturevalue("accelerator")
+    asked = []
+    real = device.two_sided
+    request.getfixturevalue("monkeypatch").setattr(
+        device, "two_sided", lambda *a: asked.append(real(*a)) or asked[-1]
+    )
+    again, params, got = run()
+    assert asked and all(a is not None for a in asked)
+    assert again == cfg and got.plan == report.plan
+    assert abs(got.measured["kl"] - report.measured["kl"]) < 1e-5
+    np.testing.assert_allclose(models.forward(cfg, params, tokens[:2])[0], want, atol=2e-3)
+
+
+def test_killed_accelerator_goes_on_to_the_same_bits(tmp_path, monkeypatch, accelerator):
+    """Files that are written behind the work come in its order, each whole: C9 there too."""
+    cfg = MAMBA
+    params, tokens = trained_like(cfg), windows(cfg)
+    run = lambda **how: compress(cfg, params, tokens, keep=0.5, progress=False, **how)[1]  # noqa: E731
+    want = run()
+    left = [0]
+
+    def dying(real):
+        def work(*args, **named):
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            real(*args, **named)
+
+        return work
+
+    monkeypatch.setattr(behind, "_run", dying(behind._run))
+    stops = 0
+    while True:
+        left[0] = 2 + 2 * stops
+        try:
+            got = run(work=tmp_path / "work")
+            break
+        except KeyboardInterrupt:
+            stops += 1
+            assert stops < 50, "a run that is killed after every file never ends"
+    assert stops >= cfg.n_layers
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_nothing_is_written_after_a_failure(tmp_path, accelerator):
+    def full():
+        raise OSError("disk full")
+
+    behind.do(full)
+    behind.do((tmp_path / "later").touch)
+    with pytest.raises(OSError, match="disk full"):
+        behind.wait()
+    assert not (tmp_path / "later").exists()
+    behind.do((tmp_path / "anew").touch)
+    behind.wait()
+    assert (tmp_path / "anew").exists()

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import delve_jax
+from delve_jax import lm as lm_module
 from delve_jax import look, models
-from delve_jax.config import DelveError, MambaConfig, NeoxConfig
-from delve_jax.lm import truncated
+from delve_jax.config import DelveError, MambaConfig, NeoxConfig, Qwen3Config, RwkvConfig
+from delve_jax.lm import layers_apart, truncated
 
 SIZES = {"vocab_size": 40, "vocab_rows": 48, "d_model": 16, "n_layers": 2}
 CONFIGS = {
@@ -113,3 +114,30 @@ def test_truncation_by_hand():
 def test_refusals(lm, how, said):
     with pytest.raises(DelveError, match=said):
         lm.generate(PROMPT, 4, **how)
+
+
+FAMILIES = (
+    *CONFIGS.values(),
+    RwkvConfig(**SIZES, d_att=16, d_ffn=32),
+    Qwen3Config(**SIZES, n_heads=2, n_kv_heads=1, head_dim=8, d_ffn=32),
+)
+
+
+@pytest.mark.parametrize("cfg", FAMILIES, ids=lambda cfg: cfg.family)
+def test_layers_apart_give_the_same_tokens(cfg, randomised, monkeypatch):
+    """As layers in a loop; on a CPU in the memory of the stacks, not in any of their own."""
+    params = jax.tree.map(lambda a: 3 * a, randomised(cfg, 0))
+    parted = layers_apart(cfg, params)["layers"]
+    assert len(parted) == cfg.n_layers
+    for i, layer in enumerate(parted):
+        pairs = zip(jax.tree.leaves(layer), jax.tree.leaves(params["layers"]), strict=True)
+        for one, stack in pairs:
+            np.testing.assert_array_equal(one, stack[i])
+            if stack.nbytes % (64 * cfg.n_layers) == 0:  # what XLA asks of an address
+                at = stack.unsafe_buffer_pointer() + i * one.nbytes
+                assert one.unsafe_buffer_pointer() == at
+    out = np.asarray(delve_jax.LM(cfg, params).generate(PROMPT, 24))
+    monkeypatch.setattr(lm_module, "MOST_APART", cfg.n_layers - 1)
+    assert layers_apart(cfg, params) is params
+    np.testing.assert_array_equal(out, delve_jax.LM(cfg, params).generate(PROMPT, 24))
+    assert len(set(out[:, 7:].ravel().tolist())) > 3

@@ -6,6 +6,8 @@ Counts: design notes, parents.md section 1, hybrid.md section 2, delphi.md secti
 import dataclasses
 import json
 
+import jax
+import numpy as np
 import pytest
 
 from delve_jax import config, models, parents, upcycle
@@ -105,6 +107,16 @@ def test_delphi_of_every_width():
     assert large not in DELPHI_WIDTHS and preset(f"delphi-{large}").d_model == large
     with pytest.raises(DelveError, match="delphi-500: the width must be a multiple of 128"):
         preset("delphi-500")
+
+
+def test_the_first_loss_of_delphi():
+    """ln V and half the logits' variance, 12.25 nats: averaged over every next token, not drawn."""
+    cfg = preset("delphi-512")
+    params = models.init_params(cfg, jax.random.key(0))
+    tokens_BT = np.random.default_rng(0).integers(1, cfg.vocab_size, (1, 96))
+    logits_BTV = models.forward(cfg, params, tokens_BT)[0]
+    loss = jax.nn.logsumexp(logits_BTV, -1) - logits_BTV.mean(-1)
+    assert cfg.vocab_size == 128256 and float(loss.mean()) == pytest.approx(12.25, abs=0.02)
 
 
 @pytest.mark.parametrize("name", ["mamba", "rwkv", "neox", "incite"])

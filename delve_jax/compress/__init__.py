@@ -18,8 +18,9 @@ import numpy as np
 from .. import VerbModule, metrics
 from ..config import DelveError, ParentConfig
 from . import anchor as pass2
-from . import assembly, curves, knapsack, moments, prune
+from . import assembly, behind, curves, knapsack, moments, prune
 from .allocate import Map, Plan, allocate, budget_of, parent_maps
+from .held import held
 from .spectra import TABLES, InMemory, Spectra, recipe
 
 # "+allocation": the method's own factors at the ranks that our allocator gives them
@@ -146,8 +147,8 @@ def compress(
     mlp = prune.candidate(cfg) if pruning and ours and allocation else ()
     key = {"method": method.removesuffix("+allocation"), "metric": metric, "bias": bias,
            "neurons": bool(mlp)}  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="delve-") as place:
-        source = InMemory(dense, params) if streamed is None else streamed
+    with tempfile.TemporaryDirectory(prefix="delve-") as place, behind.done():
+        source = InMemory(dense, params) if streamed is None else held(streamed)
         spectra = Spectra(source, body, tables, tokens_NT, Path(work or place),
                           how, key, seed, progress, mlp)  # fmt: skip
         report = Report(method, plan, {})

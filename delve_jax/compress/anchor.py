@@ -26,12 +26,12 @@ from flax import linen as nn
 from .. import models
 from ..config import DelveError, ParentConfig
 from ..models.linear import HIGHEST, Linear, wide
-from . import assembly, curves
+from . import assembly, behind, curves, device
 from .allocate import Plan
 from .assembly import Assembled, replaced
 from .factorize import anchored
-from .moments import Sweep, merge
-from .spectra import FLOOR, Spectra, at
+from .moments import Sweep, add, per
+from .spectra import FLOOR, Spectra, _write, at
 
 RIDGE = 1e-3  # of the mean energy of a map's inputs
 BLENDS = (0.5, 0.25)  # of the way from W to the target that fits the parent's outputs best
@@ -172,10 +172,11 @@ class Anchor(Sweep):
         self._streams = (2, *self.tokens.shape, cfg.d_model)
         self.folder = _folder(spectra, plan, centred, blend)
         self.folder.mkdir(exist_ok=True)
+        behind.wait()
         for left in spectra.folder.glob("anchor-*/*.npy"):  # of another plan that was stopped
             if left.parent != self.folder:
                 left.unlink()
-        if not (self._file("streams", 0).exists() or self._fitted(0).exists()):
+        if not (self._has("streams", 0) or self._fitted(0).exists()):
             tops = (self.source.outer(), top)
             with jax.default_matmul_precision("highest"):
                 parts = (x for t in tops for x in self._embedded(t, self.tokens))
@@ -199,10 +200,7 @@ class Anchor(Sweep):
         else:
             layer = self._fit_all(index, layer, names)
             arrays = {f"{n}:{k}": a for n in names for k, a in at(layer, n).items()}
-            half = self._fitted(index).with_suffix(".writing")
-            with half.open("wb") as out:
-                np.savez(out, **arrays)
-            half.replace(self._fitted(index))
+            behind.do(_write, self._fitted(index), **arrays)
         self._advance(index, layer)
         return layer
 
@@ -234,9 +232,10 @@ class Anchor(Sweep):
         """What `anchored` asks for of one map, per token; DelveError where it is not finite."""
         program = _sums(self.cfg, self.small, name)
         with jax.default_matmul_precision("highest"):
-            sums = merge(program(dense, student, x, z) for x, z in self._pairs(index))
-        m = {key: a / self.tokens.size for key, a in sums.items()}
-        if not all(np.isfinite(a).all() for a in m.values()):
+            parts = (program(dense, student, x, z) for x, z in self._pairs(index))
+            sums = functools.reduce(add, parts, None)
+        m = per(sums, self.tokens.size)
+        if not device.finite(m):
             raise DelveError(
                 f"layer {index}, map {name}: activations behind the compressed maps before it are "
                 "not finite; keep more (--keep)"
@@ -253,7 +252,8 @@ class Anchor(Sweep):
             fit = goal.factor(leaf["v"].shape[1], m["mean_I"], FLOOR)
             new = {"v": fit.v_IK, "u": fit.u_KO, "bias": fit.bias_O}
         else:  # beyond a layer's own neurons are zeros
-            new = {"kernel": goal.kernel_IO[: len(leaf["kernel"])], "bias": goal.bias_O}
+            kernel_IO = np.asarray(goal.kernel_IO)
+            new = {"kernel": kernel_IO[: len(leaf["kernel"])], "bias": goal.bias_O}
         return {key: a if new[key] is None else new[key].astype(a.dtype) for key, a in leaf.items()}
 
     def _pairs(self, index: int) -> Iterator[tuple[jax.Array, jax.Array]]:
@@ -261,10 +261,9 @@ class Anchor(Sweep):
 
     def _advance(self, index: int, layer: dict) -> None:
         """Both streams to the next layer; nothing where they went there already."""
-        here, there = (self._file("streams", i) for i in (index, index + 1))
-        if not here.exists():
+        if not self._has("streams", index):
             return
-        if not there.exists() and index + 1 < self.cfg.n_layers:
+        if not self._has("streams", index + 1) and index + 1 < self.cfg.n_layers:
             x_NTD, z_NTD = self._load("streams", index)
             dense, step = self.source.layer(index), _step(self.small)
             for name in self.order:
@@ -276,14 +275,14 @@ class Anchor(Sweep):
                     (step(student, z) for z in self._batches(z_NTD)),
                 )
                 self._keep("streams", index + 1, self._streams, parts)
-        here.unlink()
+        self._forget("streams", index)
 
 
 def _product(leaf: dict) -> dict:
     """A map's leaf with its kernel multiplied out."""
     if "v" not in leaf:
         return leaf
-    kernel = np.asarray(leaf["v"]) @ np.asarray(leaf["u"])
+    kernel = device.product(leaf["v"], leaf["u"])
     return {"kernel": kernel, **{key: a for key, a in leaf.items() if key == "bias"}}
 
 

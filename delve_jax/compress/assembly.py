@@ -16,6 +16,7 @@ import numpy as np
 
 from .. import models
 from ..config import ParentConfig
+from . import device
 from .allocate import Plan
 from .moments import Student
 from .spectra import TABLES, Spectra, at
@@ -104,7 +105,7 @@ def student(out: Assembled) -> Student:
 def _as_dense(tree: dict, like: dict) -> dict:
     """Factors multiplied out, and zeros for the neurons that went, which do nothing."""
     if "v" in tree and "u" in tree:  # "v" alone: attention's map of values
-        tree = {"kernel": np.asarray(tree["v"]) @ np.asarray(tree["u"]),
+        tree = {"kernel": device.product(tree["v"], tree["u"]),
                 **{key: a for key, a in tree.items() if key == "bias"}}  # fmt: skip
     out = {}
     for name, a in tree.items():

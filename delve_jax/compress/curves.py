@@ -16,6 +16,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
+from . import behind, device
 from .allocate import Map, Plan, rank_grid
 from .factorize import Array
 from .knapsack import Item, Kind, Option
@@ -39,7 +40,7 @@ def tails(spectrum: np.ndarray, ranks) -> np.ndarray:
 def cut(spectra: Spectra, name: str, layer: int, rank: int, leaf: dict) -> dict:
     """A dense leaf whose kernel (and bias) is that of the map at this rank."""
     fit = spectra.factors(name, layer, rank, leaf["kernel"])
-    new = {**leaf, "kernel": jnp.asarray(fit.v_IK @ fit.u_KO, leaf["kernel"].dtype)}
+    new = {**leaf, "kernel": jnp.asarray(device.product(fit.v_IK, fit.u_KO), leaf["kernel"].dtype)}
     if fit.bias_O is not None:
         new["bias"] = jnp.asarray(leaf["bias"] + fit.bias_O, leaf["bias"].dtype)
     return new
@@ -112,6 +113,7 @@ def measured(spectra: Spectra, plans: list[Plan]) -> list[dict]:
 
 def checked(spectra: Spectra, students: list[Student]) -> list[dict]:
     """KL(parent || student) as it is, and the nll of both, in nats a token."""
+    behind.wait()
     for left in spectra.folder.glob("check-*.npy"):  # of other plans, a call that was stopped
         left.unlink()
     (_, before), *found = _diverged(spectra, [Student(late=True), *students], "check")

@@ -5,7 +5,8 @@ min over rank(A) <= K of E||(x W - x A) S||^2 with S S = G, the metric of the ou
 estimate of the rise of KL(parent || compressed) in nats a token (compression.md sections 2 and 4).
 Every optimum is W followed by a projection of its outputs (orthogonal in G), so the work is to find
 K directions: (6a) from the output Gram, (6b) from the input Gram, whichever is smaller. float64
-numpy; eigh only: no Gram of activations is inverted, so singular ones are no special case.
+numpy; eigh only: no Gram of activations is inverted, so singular ones are no special case. Where
+there is an accelerator it does the large ones (`device`).
 `anchored` states the problem of a map behind others that are compressed already, for `factor`.
 """
 
@@ -15,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
+
+from . import device
 
 Array = np.ndarray
 TINY = 1e-30  # mean energies below are the rounding of sums that were made in float32
@@ -59,17 +62,25 @@ def factor(
     whose energy is below floor * the largest are chosen by plain SVD instead: on them the
     activations say nothing.
     """
+    centred = gram is not None and bias_O is not None and mean_I is not None
+    mean_I = np.asarray(mean_I, np.float64) if centred else None
+    found = None
+    if grad is not None and device.takes(len(grad)):
+        found = device.two_sided(kernel_IO, rank, gram, over, grad, damping, mean_I, TINY)
+    if found is not None and not centred and (found[2][:rank] > floor * found[2][0]).all():
+        bias_O = None if bias_O is None else np.asarray(bias_O, np.float64)
+        return Factors(*found[:2], bias_O, found[2])
     by_rows = gram is not None and over == "outputs"
     w_IO = np.asarray(kernel_IO, None if by_rows else np.float64)
-    centred = gram is not None and bias_O is not None and mean_I is not None
     if gram is not None:
         gram = np.asarray(gram, np.float64)
         gram = (gram + gram.T) / 2
     if centred:
-        mean_I = np.asarray(mean_I, np.float64)
         mean = mean_I if over == "inputs" else mean_I @ w_IO
         gram = gram - np.outer(mean, mean)
-    if grad is None:
+    if found is not None:
+        v_IK, u_KO, spectrum = found
+    elif grad is None:
         q_OK, spectrum = _basis(w_IO, rank, gram, over)
         v_IK, u_KO = _times(w_IO, q_OK), q_OK.T
     else:
@@ -94,7 +105,7 @@ def factor(
         else:
             v_IK = np.hstack([v_IK, _times(w_IO, rest_OK, v_IK, u_KO)])
             u_KO = np.vstack([u_KO, rest_OK.T])
-    v_IK, u_KO = balance(v_IK, u_KO, in_place=True)
+    v_IK, u_KO = balance(v_IK, u_KO, in_place=found is None)
     bias_O = None if bias_O is None else np.asarray(bias_O, np.float64)
     if centred:
         bias_O = bias_O + mean_I @ w_IO - (mean_I @ v_IK) @ u_KO
@@ -102,7 +113,10 @@ def factor(
 
 
 class Target(NamedTuple):
-    """A map that a compressed prefix feeds, as arguments of `factor`; at full rank it is dense."""
+    """A map that a compressed prefix feeds, as arguments of `factor`; at full rank it is dense.
+
+    Arrays may lie on an accelerator: they go there again.
+    """
 
     kernel_IO: Array
     gram: Array
@@ -138,6 +152,14 @@ def anchored(
     mean_I, shift: E x' and E d; with a bias both are needed, all moments are centred, and the bias
     takes up the mean.
     """
+    if device.takes(len(gram_II)):
+        found = device.anchored(
+            kernel_IO, gram_II, drift, mean_I, shift, bias_O, grad, ridge, blend
+        )
+        if found is not None:
+            target_IO, gram, bias_O, grad = found
+            over = "inputs" if np.shape(drift)[1] != target_IO.shape[1] else "outputs"
+            return Target(target_IO, gram, over, bias_O, grad)
     w_IO = np.asarray(kernel_IO, np.float64)
     wide = np.shape(drift)[1] != w_IO.shape[1]
     gram_II, drift = np.asarray(gram_II, np.float64), np.asarray(drift, np.float64)
@@ -190,6 +212,8 @@ def balance(v_IK: Array, u_KO: Array, in_place: bool = False) -> tuple[Array, Ar
 
 def eigh(a: Array) -> tuple[Array, Array]:
     """Eigenvalues (descending, not below 0) and eigenvectors of a positive semidefinite matrix."""
+    if device.takes(len(a)) and (found := device.eigh(a)) is not None:
+        return found
     a = (a + a.T) / 2
     try:
         values, vectors = np.linalg.eigh(a)

@@ -11,7 +11,6 @@ the tokens and the seed, so a sweep that is repeated gives the same bits.
 from __future__ import annotations
 
 import functools
-import mmap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +23,7 @@ import numpy as np
 from .. import models
 from ..config import DelveError, ParentConfig
 from ..models.linear import HIGHEST, lookup, wide
+from . import behind, device
 
 TOKENS = 8192  # of a batch at most: float32 sums over more lose digits that eigh needs
 BATCH_BYTES = 2**28  # of the widest activation of a batch
@@ -78,15 +78,31 @@ def check_tokens(tokens_NT: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 def add(total: dict | None, part: dict) -> dict:
-    """The sum of a tree of float64 sums (None: nothing yet), which is used up, and float32 ones."""
+    """The sum of a tree of float64 sums (None: nothing yet), which is used up, and float32 ones.
+
+    On the host, or on the accelerator that made them; the bits are the same.
+    """
+    if device.on():
+        return device.add(total, part)
     if total is None:
         return jax.tree.map(lambda a: np.array(a, np.float64), part)
     return jax.tree.map(lambda a, b: np.add(a, b, out=a), total, part)
 
 
 def merge(partials: Iterator[dict]) -> dict:
-    """Sum of trees of float32 partial sums, in float64 on the host."""
-    return functools.reduce(add, partials, None)
+    """Sum of trees of float32 partial sums, in float64, on the host."""
+    return _on_host(functools.reduce(add, partials, None))
+
+
+def per(total: dict, count: int) -> dict:
+    """A tree of float64 sums divided by a count, where it is."""
+    if device.on():
+        return device.per(total, count)
+    return {key: a / count for key, a in total.items()}
+
+
+def _on_host(total: dict) -> dict:
+    return jax.tree.map(lambda a: np.array(a) if isinstance(a, jax.Array) else a, total)
 
 
 def normalise(sums: dict, over: str, where: str) -> Moments:
@@ -219,11 +235,13 @@ class Sweep:
         widest = max(getattr(cfg, "d_ffn", 0), 2 * getattr(cfg, "d_inner", 0), 3 * cfg.d_model)
         most = min(TOKENS, BATCH_BYTES // (4 * widest))
         self.rows = max(1, most // tokens_NT.shape[1])
+        self._made = set()  # (kind, index) of files that this sweep wrote, or is about to
+        self._held: dict[tuple, jax.Array] = {}  # those that are still on the accelerator too
 
     def _batches(self, array) -> Iterator[jax.Array]:
         for i in range(0, len(array), self.rows):
             yield jnp.asarray(array[i : i + self.rows])
-            _forget(array)
+            behind.give_back(array)
 
     def _embedded(self, outer: dict, tokens_NT) -> Iterator[np.ndarray]:
         return (np.asarray(self._run.embed(outer, t)) for t in self._batches(tokens_NT))
@@ -239,7 +257,7 @@ class Sweep:
                     at = i * self.rows
                     x_NTD[at : at + self.rows], sown = self._run.watch(layer, x)
                     sums = add(sums, sown)
-            yield index, _maps(sums, layer, f"layer {index}, map ")
+            yield index, _maps(_on_host(sums), layer, f"layer {index}, map ")
         yield "head", HeadMoments(*self._head_sums(x_NTD), None, None)
 
     def _head_sums(self, x_NTD) -> tuple[np.ndarray, np.ndarray]:
@@ -256,7 +274,7 @@ class Sweep:
     def boundaries(self, tick=lambda: None) -> None:
         """Run the parent forward and keep the input of every layer, and of the head, on disk."""
         for index in range(self.cfg.n_layers + 1):
-            if self._file("x", index).exists():
+            if self._has("x", index):
                 continue
             with jax.default_matmul_precision("highest"):
                 if index:
@@ -300,7 +318,7 @@ class Sweep:
 
         with jax.default_matmul_precision("highest"):
             self._keep("g", index, g_NTD.shape, gradients())
-        return _maps(sums, layer, f"layer {index}, map ")
+        return _maps(_on_host(sums), layer, f"layer {index}, map ")
 
     def embed_grad(self) -> np.ndarray:
         """E[g g^T] [D,D] at the rows of the input table."""
@@ -311,8 +329,8 @@ class Sweep:
 
     def drop(self, index: int) -> None:
         """Forget what only layer `index` needed (its results are safe)."""
-        self._file("x", index + 1).unlink(missing_ok=True)
-        self._file("g", index + 1).unlink(missing_ok=True)
+        self._forget("x", index + 1)
+        self._forget("g", index + 1)
 
     # --- the price of a change ------------------------------------------------------------------
 
@@ -325,7 +343,8 @@ class Sweep:
         tokens_NT, L = self.tokens[:rows], self.cfg.n_layers
         moving = [Student(), *(s for s in students if not s.late)]  # the parent first
         shape = (len(moving), *tokens_NT.shape, self.cfg.d_model)
-        start = max((i for i in range(L + 1) if self._file(kind, i).exists()), default=-1)
+        behind.wait()
+        start = max((i for i in range(L + 1) if self._has(kind, i)), default=-1)
         with jax.default_matmul_precision("highest"):
             if start < 0:
                 top = self.source.outer()
@@ -334,11 +353,11 @@ class Sweep:
             for index in range(max(start, 0), L):
                 x_SNTD, layer = self._load(kind, index), self.source.layer(index)
                 self._keep(kind, index + 1, shape, self._advanced(index, layer, moving, x_SNTD))
-                self._file(kind, index).unlink()
+                self._forget(kind, index)
                 tick()
             features = self._load(kind, L).reshape(len(moving), -1, self.cfg.d_model)
             out = self._compared(features, moving, students, tokens_NT, tick)
-        self._file(kind, L).unlink()
+        self._forget(kind, L)
         return out
 
     def _advanced(self, index: int, layer: dict, moving: list, x_SNTD) -> Iterator[jax.Array]:
@@ -367,7 +386,7 @@ class Sweep:
                     x_nD = jnp.asarray(x_SnD[place.get(id(students[k]), 0), part])
                     log_s = self._run.log_p(tops[k], x_nD)
                     sums[k] += np.asarray(self._run.compare(log_t, log_s, label_n[part]))
-                _forget(x_SnD)
+                behind.give_back(x_SnD)
             del tops
             tick(len(group))
         return [(kl / len(label_n), nll / (label_n >= 0).sum()) for kl, nll in sums]
@@ -375,31 +394,37 @@ class Sweep:
     def _file(self, kind: str, index: int) -> Path:
         return self.folder / f"{kind}-{index:04d}.npy"
 
-    def _load(self, kind: str, index: int) -> np.ndarray:
+    def _has(self, kind: str, index: int) -> bool:
+        return (kind, index) in self._made or self._file(kind, index).exists()
+
+    def _load(self, kind: str, index: int) -> np.ndarray | jax.Array:
+        if (kind, index) in self._held:
+            return self._held[kind, index]
+        behind.wait()
         return np.load(self._file(kind, index), mmap_mode="r")
 
+    def _forget(self, kind: str, index: int) -> None:
+        """Remove a file, where there is one, and what else is known of it."""
+        self._made.discard((kind, index))
+        self._held.pop((kind, index), None)
+        behind.do(self._file(kind, index).unlink, missing_ok=True)
+
     def _keep(self, kind: str, index: int, shape: tuple[int, ...], parts: Iterator) -> None:
-        """Write an array as its parts are made: no more than one of them is in memory."""
+        """Write an array as its parts are made: no more than one of them is in memory.
+
+        An accelerator goes on meanwhile, and holds the array as long as it has room.
+        """
         file = self._file(kind, index)
-        half = file.with_suffix(".writing")
-        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-        with half.open("wb") as out:
-            np.lib.format.write_array_header_1_0(out, header)
-            for part in parts:
-                np.asarray(part, np.float32).tofile(out)
-        half.replace(file)  # a killed run leaves no half a file under the name
-
-
-def _forget(array: np.ndarray) -> None:
-    """Give back the pages of a mapped file that were read; what still needs them reads them anew.
-
-    The system would drop them when it is short of memory, but counts them until then: the
-    activations of 20 students of a 7B parent on 4,096 tokens are 1.3 GB.
-    """
-    while array is not None and not isinstance(array, mmap.mmap):
-        array = getattr(array, "base", None)  # a view, the array, the mapping
-    if array is not None and hasattr(mmap, "MADV_DONTNEED"):
-        array.madvise(mmap.MADV_DONTNEED)
+        if not device.on():
+            behind.write_parts(file, shape, parts)
+            return
+        parts, size = [*map(behind.leaving, parts)], 4 * int(np.prod(shape))
+        while self._held and size + sum(a.nbytes for a in self._held.values()) > device.room():
+            del self._held[next(iter(self._held))]
+        if size <= device.room():
+            self._held[kind, index] = jnp.concatenate(parts).astype(jnp.float32).reshape(shape)
+        self._made.add((kind, index))
+        behind.do(behind.write_parts, file, shape, parts)
 
 
 def _maps(sums: dict, params: dict, where: str, path: str = "") -> dict[str, Moments]:

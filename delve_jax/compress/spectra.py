@@ -19,7 +19,7 @@ import numpy as np
 
 from .. import metrics
 from ..config import DelveError, ParentConfig
-from . import baselines, factorize, prune, vocab
+from . import baselines, behind, device, factorize, prune, vocab
 from .allocate import Map
 from .factorize import Array, Factors
 from .moments import HeadMoments, Moments, Sweep
@@ -202,6 +202,7 @@ class Spectra:
         self._tables(head)
         if self.how.metric:
             self.sweep.drop(-1)
+        behind.wait()
 
     def _two_sided(self, missing: list[int]) -> HeadMoments:
         """Forward once, keeping boundaries; then from the head back to the first layer."""
@@ -211,7 +212,7 @@ class Spectra:
                 self.sweep.boundaries(bar.update)
             with self.bar(self.tokens.size, "head", unit="token") as bar:
                 gram, abs_D, mean_p_V = self.sweep.head(bar.update)
-            _write(done, gram=gram, abs=abs_D, p=mean_p_V)
+            behind.do(_write, done, gram=gram, abs=abs_D, p=mean_p_V)
         with self.bar(self.cfg.n_layers, "back, factors") as bar:
             bar.update(self.cfg.n_layers - len(missing))
             for i in reversed(missing):
@@ -219,7 +220,8 @@ class Spectra:
                 self.sweep.drop(i)
                 bar.update()
         if not self._file("lookups").exists():
-            _write(self._file("lookups"), grad=self.sweep.embed_grad())
+            behind.do(_write, self._file("lookups"), grad=self.sweep.embed_grad())
+        behind.wait()
         return self.head()
 
     def head(self) -> HeadMoments:
@@ -231,7 +233,9 @@ class Spectra:
         layer, out = self.source.layer(index), {}
         for m in self.body:
             leaf = at(layer, m.name)
-            kernel = np.asarray(leaf["kernel"]).astype(np.float64)
+            kernel = leaf["kernel"]
+            if not device.on():
+                kernel = np.asarray(kernel).astype(np.float64)
             bias = np.asarray(leaf["bias"], np.float64) if "bias" in leaf else None
             moments = None if sown is None else sown[m.name]
             fit = self.how.body(kernel, m.max_rank, moments, bias)
@@ -244,7 +248,7 @@ class Spectra:
             leaf = at(layer, self.mlp[-1])
             order = self.how.neurons(leaf["kernel"], sown[self.mlp[-1]], "bias" in leaf)
             out |= {f"neurons:{k}": a for k, a in order.packed().items()}
-        _write(self._file(index), **out)
+        behind.do(_write, self._file(index), **out)
 
     def _tables(self, head: HeadMoments | None) -> None:
         p_V = None if self.tokens is None else vocab.frequencies(self.tokens, self.cfg.vocab_size)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.linalg import block_diag
 
+from . import device
 from .factorize import DAMPING, ROWS, Array, Factors, balance, damped, factor
 
 SMOOTH = 1e-6  # added to every frequency: about what an unseen word of a 50k vocabulary has
@@ -33,6 +34,8 @@ def weights(p_V: Array) -> Array:
 
 def row_gram(table_VD: Array, weight_V: Array) -> Array:
     """sum_v weight_v e_v e_v^T [D,D] in float64, streamed over the rows."""
+    if device.takes(table_VD.shape[1]):
+        return device.row_gram(table_VD, weight_V)
     gram = np.zeros((table_VD.shape[1],) * 2)
     for i in range(0, len(table_VD), ROWS):
         rows = np.asarray(table_VD[i : i + ROWS], np.float64)

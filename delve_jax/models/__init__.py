@@ -113,7 +113,6 @@ def run_layers(
     The states are carried, not handed out and gathered, so that XLA can update them in place.
     """
     block = FAMILY[cfg.family].Block(cfg)
-    n = jax.tree.leaves(layers)[0].shape[0]
 
     def body(carry, slot):
         (x, states), (layer, i) = carry, slot
@@ -128,6 +127,11 @@ def run_layers(
 
     if how.remat != "none":
         body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[how.remat])
+    if isinstance(layers, tuple):  # each layer by itself (`LM.generate`): no loop, nothing sliced
+        for i, layer in enumerate(layers):
+            (x_BTD, state), _ = body((x_BTD, state), (layer, jnp.int32(first + i)))
+        return x_BTD, state
+    n = jax.tree.leaves(layers)[0].shape[0]
     return lax.scan(body, (x_BTD, state), (layers, first + jnp.arange(n, dtype=jnp.int32)))[0]
 
 

@@ -8,16 +8,21 @@ activations are on disk), the command line in a process of its own: ru_maxrss is
 `anonymous` is what it really holds and `mapped` files that the system can drop. Rows that stand in
 the results are not run again. --accelerator runs N layers of mamba-1.4b (48: all) on JAX's default
 device with the command line's own 65,536 tokens; its rows go to results/compress_accelerator.json.
+Stages are printed as they end; a row has their seconds, of which compiling, how often each ran, and
+the median of its layers, which is what the layers that were not run would take (`per_layer`).
 Result: mamba-1.4b 3.68 GiB (before pass 2 was on by default). rwkv-4-7b was stopped in `curves`
 after 88 minutes of half a core: see results/compress_memory_tries.json.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
 import resource
+import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -110,6 +115,7 @@ class Clock:
 
     def __init__(self):
         self.stages, self.now, self.peak, self.mapped = {}, "start", {}, 0
+        self.compiling, self.calls = 0.0, {}
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self):
@@ -119,6 +125,26 @@ class Clock:
             self.mapped = max(self.mapped, mapped)
             time.sleep(0.02)
 
+    def compiled(self, event, seconds, **_):
+        """What JAX tells of its compiler."""
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.compiling += seconds
+
+    def inside(self, module, name):
+        """Count the calls of a function of the package, and their seconds."""
+        real, key = getattr(module, name), f"{module.__name__.split('.')[-1]}.{name}"
+        self.calls[key] = 0, 0.0
+
+        def timed(*args, **more):
+            start = time.time()
+            try:
+                return real(*args, **more)
+            finally:
+                calls, seconds = self.calls[key]
+                self.calls[key] = calls + 1, round(seconds + time.time() - start, 2)
+
+        setattr(module, name, timed)
+
     def stage(self, name, layers=0):
         """A context of this name."""
         clock = self
@@ -127,17 +153,30 @@ class Clock:
             def __enter__(self):
                 clock.now = name
                 self.start, self.cpu = time.time(), time.process_time()
+                self.compiling, self.ticks = clock.compiling, [self.start]
                 return self
 
             def update(self, n=1):
-                print(f"{name}: {time.time() - self.start:.0f} s", file=sys.stderr, flush=True)
+                self.ticks.append(time.time())
+                if layers:
+                    print(f"{name}: {self.ticks[-1] - self.start:.1f} s", file=sys.stderr,
+                          flush=True)  # fmt: skip
 
             def __exit__(self, *_):
                 clock.now = f"after {name}"
                 seconds, cpu = time.time() - self.start, time.process_time() - self.cpu
-                facts = {"seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1)}
-                clock.stages[name] = facts | {"layers": layers}
-                print(f"{name}: {facts}, anonymous {clock.peak.get(name, 0) / GIB:.2f} GiB, peak "
+                each = [b - a for a, b in itertools.pairwise(self.ticks)]
+                median = statistics.median(each) if len(each) > 2 else seconds / max(layers, 1)
+                facts = {
+                    "seconds": seconds, "cpu_seconds": cpu, "calls": 1,
+                    "compile_seconds": clock.compiling - self.compiling,
+                    "per_layer": median if layers else 0.0,
+                }  # fmt: skip
+                before = clock.stages.get(name, {})  # "assemble" and "check" come several times
+                sums = {key: round(a + before.get(key, 0), 2) for key, a in facts.items()}
+                clock.stages[name] = sums | {"layers": layers}
+                print(f"{name}: {seconds:.1f} s of {sums}, {clock.calls}, "
+                      f"anonymous {clock.peak.get(name, 0) / GIB:.2f} GiB, peak "
                       f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB:.2f} GiB",
                       file=sys.stderr, flush=True)  # fmt: skip
 
@@ -146,9 +185,17 @@ class Clock:
 
 def child(src, dst, run, tokens):
     """Compress with `run` layers and print what it took."""
+    import jax
+
     from delve_jax import cli
+    from delve_jax.compress import behind, device, factorize
 
     clock, opened, save = Clock(), parents.open_layers, checkpoint.save
+    jax.monitoring.register_event_duration_secs_listener(clock.compiled)
+    for module, names in ((device, ("two_sided", "anchored", "eigh")), (behind, ("_next",)),
+                          (factorize, ("eigh", "factor"))):  # fmt: skip
+        for name in names:
+            clock.inside(module, name)
 
     def first_layers(src):
         source = opened(src)
@@ -166,8 +213,6 @@ def child(src, dst, run, tokens):
     start = time.time()
     code = cli.main(["compress", src, dst, "--keep", str(KEEP), "--calibrate", f"{src}/text.txt",
                      "--calibrate-tokens", str(tokens)])  # fmt: skip
-    import jax
-
     print(json.dumps({
         "exit": code,
         "device": jax.devices()[0].device_kind,
@@ -178,6 +223,8 @@ def child(src, dst, run, tokens):
         "peak_mapped": clock.mapped,
         "anonymous_by_stage": clock.peak,
         "stages": clock.stages,
+        "calls": {name: list(of) for name, of in clock.calls.items()},
+        "peak_device": (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
     }))  # fmt: skip
     return code
 
@@ -203,6 +250,9 @@ def measure(name, place, row=None):
 
     def all_layers(which):
         """Stages that go through layers grow with them; the rest stays what it is."""
+        if which == "seconds":  # a first layer compiles, and some stages end with other work
+            each = sum(s["per_layer"] for s in out["stages"].values())
+            return round(out[which] + each * (layers - run))
         growing = sum(s[which] for s in out["stages"].values() if s["layers"])
         return round(out[which] + growing * (layers - run) / run)
 
@@ -241,6 +291,7 @@ def main():
     if flags.child:
         return child(*flags.child[:2], *map(int, flags.child[2:]))
     if flags.accelerator:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a time limit ends the child too
         return accelerated(flags.accelerator)
     result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
     for name in flags.only:

@@ -5,7 +5,8 @@ Greedy `LM.generate` (one compiled program: prefill of 128 tokens, loop of 128 s
 bfloat16 weights of the parents' real shapes made on the device, dense beside keep 0.25 (one rank a
 map, `presets.tier`'s). Ratio of tokens a second, and each side's over its bound: bytes that a step
 must touch at the bandwidth of a measured copy. --check: every token's logit in one uncached pass
-over the text. Not with four 7B models at once: they do not fit.
+over the text. A 7B model holds up to 35 GB (a call has the layers twice): two at once, not four.
+`step_bytes` counts them once.
 """
 
 import argparse
