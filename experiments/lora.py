@@ -125,7 +125,7 @@ def main():
     parser.add_argument("export", nargs="?", type=Path, default=ROOT / "out/quickstart/hf")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="N")
     args = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(args.export)
+    tokenizer = AutoTokenizer.from_pretrained(args.export, trust_remote_code=True)
     sets = {s: windows(tokenizer, s) for s in ("train", "choose", "report")}
     model = AutoModelForCausalLM.from_pretrained(args.export, trust_remote_code=True)
     weights = hashlib.sha256((args.export / "model.safetensors").read_bytes()).hexdigest()[:16]

@@ -5,8 +5,8 @@ Two CPU cores, float32, random weights in real layout, prompts of 32 tokens and 
 sides make 1 and then 64 tokens in turn; the difference, over 63, is a step's time. Bars: 1.5 times
 transformers (eager) for one row of every family; a DELVE (mamba, rwkv and neox at keep 0.5) at 0.5
 of its bound, that is bytes which a step has to move over the bandwidth measured in the same turns,
-where its weights are at least 4 times the last-level cache. Run at width 512 so far,
-without mamba and the DELVE.
+where its weights are at least 4 times the last-level cache. Run at width 512 so far, mamba at 1,024
+too; the DELVE's first run ended at the check of its text (a logit 3.3e-4 below the largest).
 Transformers' mamba and rwkv run without kernels: those that exist need a GPU.
 """
 
