@@ -6,7 +6,7 @@ The quickstart's export (healed on Python code) is tuned to film reviews: 120 st
 (target_modules=["u", "v"]); `beside`: on the whole map, y = u(v(x)) + B A x, at about the same
 number of trained parameters; `all`: every weight, for scale. Learning rates are chosen per way on
 the choose split at seed 0, from the same three; results are of the report split, 3 seeds.
-Result: experiments/results/lora.json. It has not been run yet.
+Result: experiments/results/lora.json and docs/results.md. Cost: 75 minutes of a core.
 """
 
 import argparse

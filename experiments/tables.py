@@ -315,6 +315,28 @@ def _optimizers(flops, hidden, sides) -> list[str]:
     ]  # fmt: skip
 
 
+def lora() -> str:
+    """Adapters on the factors of an exported DELVE, or beside them."""
+    r = json.loads((RESULTS / "lora.json").read_text())
+    names = {"all": "every weight", "factors": "on u and v", "beside": "beside the map"}
+    rows = [
+        (
+            names[s["way"]],
+            f"{s['rank']}" if s["rank"] else "",
+            f"{s['trained_parameters']:,}",
+            f"{s['rate']:g}",
+            f"{s['mean']:.4f} ± {s['std']:.4f}",
+        )
+        for s in r["summary"]
+    ]
+    return "\n".join([
+        f"{r['steps']} steps of {r['batch']} x {r['window']} tokens of film reviews, "
+        f"{r['scored']:,} report tokens, three seeds; untuned {r['untuned']['report']:.4f} nats a "
+        "token. Rank: of the adapters on u and v; one beside has as many weights:", "",
+        *_table(("trained", "rank", "parameters", "rate", "nats a token"), rows),
+    ])  # fmt: skip
+
+
 def tiers() -> str:
     """The DELVE tiers at full shape, compiled without weights."""
     r = json.loads((RESULTS / "tiers.json").read_text())
@@ -337,7 +359,7 @@ BLOCKS = (
     shared_tables, refinement, generation, decode, prefill, growth, loading, accelerator,
     compress_memory,
     hybrid_diversity, hybrid_curve, hybrid_tasks, hybrid_sources, hybrid_parts, delphi, ladder,
-    tiers,
+    lora, tiers,
 )  # fmt: skip
 
 
