@@ -197,7 +197,7 @@ def layers_apart(cfg: Config, params: dict) -> dict:
     """
     if cfg.family == "delve" or cfg.n_layers > MOST_APART or cfg.storage == "int8":
         return params
-    stacks, form = jax.tree.flatten(params["layers"])
+    stacks, form = jax.tree.flatten(jax.tree.map(jnp.asarray, params["layers"]))
     device, *others = stacks[0].devices()
     if others or device.platform not in ("cpu", "gpu"):
         return params

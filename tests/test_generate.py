@@ -140,4 +140,7 @@ def test_layers_apart_give_the_same_tokens(cfg, randomised, monkeypatch):
     monkeypatch.setattr(lm_module, "MOST_APART", cfg.n_layers - 1)
     assert layers_apart(cfg, params) is params
     np.testing.assert_array_equal(out, delve_jax.LM(cfg, params).generate(PROMPT, 24))
+    monkeypatch.undo()
+    plain = jax.tree.map(np.asarray, params)  # as a compressed parent's are
+    np.testing.assert_array_equal(out, delve_jax.LM(cfg, plain).generate(PROMPT, 24))
     assert len(set(out[:, 7:].ravel().tolist())) > 3
