@@ -45,6 +45,7 @@ def decode() -> str:
             of_bound = _met(bound, r["bars"]["of_bound"])
         rows.append((x["family"], f"{x['d_model']:,}", f"{x['batch']}",
                      f"{x['parameters'] / 1e6:.1f} M", f"{rate['ours']:,.1f}",
+                     f"{rate['ours, stacked']:,.1f}" if "ours, stacked" in rate else "",
                      f"{rate['transformers']:,.1f}" if "transformers" in rate else "", ratio,
                      f"{x['ratio_of_calls']:.2f}" if "ratio_of_calls" in x else "",
                      of_bound))  # fmt: skip
@@ -52,10 +53,10 @@ def decode() -> str:
     return "\n".join([
         f"float32, {len(r['machine']['cores'])} cores, {first['prompt']} tokens of prompt, "
         f"{first['new']} new ones; bars in brackets, missed ones bold. A step is a token of every "
-        "row, prefill left out; a call has it. The bound is the bytes of a step over the "
-        "bandwidth of the same run, where the weights are 4 times the last-level cache; the DELVE "
-        f"keeps {r['keep']} of its parents:", "",
-        *table(("family", "width", "batch", "parameters", "ours, tokens/s",
+        "row, prefill left out; a call has it. Stacked: layers in a loop, as before. The bound is "
+        "the bytes of a step over the bandwidth of the same run, where the weights are 4 times the "
+        f"last-level cache; the DELVE keeps {r['keep']} of its parents:", "",
+        *table(("family", "width", "batch", "parameters", "ours, tokens/s", "stacked",
                  "transformers, tokens/s", "step", "call", "of the bound"), rows),
     ])  # fmt: skip
 

@@ -332,7 +332,7 @@ def lora() -> str:
     return "\n".join([
         f"{r['steps']} steps of {r['batch']} x {r['window']} tokens of film reviews, "
         f"{r['scored']:,} report tokens, three seeds; untuned {r['untuned']['report']:.4f} nats a "
-        "token. Rank: of the adapters on u and v; one beside has as many weights:", "",
+        "token. Rank: of the adapters on u and v; one beside has about as many weights:", "",
         *_table(("trained", "rank", "parameters", "rate", "nats a token"), rows),
     ])  # fmt: skip
 

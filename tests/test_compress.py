@@ -432,13 +432,25 @@ def test_allocation_meets_the_budget_and_its_bound_and_is_repeatable(tmp_path):
                  work=tmp_path / "work")  # fmt: skip
 
 
+def through_kills(run, left, more):
+    """(what `run` gives in the end, how often it was killed); left[0]: steps until the next kill,
+    more(kills so far) each time."""
+    for stops in range(50):
+        left[0] = more(stops)
+        try:
+            return run(), stops
+        except KeyboardInterrupt:
+            pass
+    raise AssertionError("a run that is killed again and again never ends")
+
+
 @pytest.mark.parametrize("method", ["delve", "svd-llm"])
 def test_killed_anywhere_goes_on_to_the_same_bits(method, tmp_path, monkeypatch):
     """C9: stopped after every file in turn, the next run ends with the bits of an undisturbed."""
     cfg = NEOX
     params, tokens = trained_like(cfg), windows(cfg)
     want = compress(cfg, params, tokens, keep=0.5, method=method, progress=False)[1]
-    real, left = spectra._write, [0]
+    real, left = spectra.write_arrays, [0]
 
     def dying(file, **arrays):
         if left[0] == 0:
@@ -446,18 +458,11 @@ def test_killed_anywhere_goes_on_to_the_same_bits(method, tmp_path, monkeypatch)
         left[0] -= 1
         real(file, **arrays)
 
-    monkeypatch.setattr(spectra, "_write", dying)
-    work, stops = tmp_path / "work", 0
-    while True:
-        left[0] = 1  # one more file each time
-        try:
-            got = compress(cfg, params, tokens, keep=0.5, method=method, progress=False, work=work)[
-                1
-            ]
-            break
-        except KeyboardInterrupt:
-            stops += 1
-            assert stops < 50, "a run that is killed after every file never ends"
+    monkeypatch.setattr(spectra, "write_arrays", dying)
+    work = tmp_path / "work"
+    how = {"keep": 0.5, "method": method, "progress": False, "work": work}
+    run = lambda: compress(cfg, params, tokens, **how)[1]  # noqa: E731
+    got, stops = through_kills(run, left, lambda stops: 1)  # one more file each time
     assert stops >= cfg.n_layers
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert not list(work.glob("*.npy")), "boundaries are gone in the end"
@@ -533,7 +538,7 @@ def test_verb_killed_anywhere_goes_on_to_the_same_bits(tmp_path, monkeypatch, ca
 
         return write
 
-    for place, name in ((spectra, "_write"), (Sweep, "_keep"), (assembly, "_filled"),
+    for place, name in ((spectra, "write_arrays"), (Sweep, "_keep"), (assembly, "_filled"),
                         (checkpoint, "_save_tree"), (checkpoint, "_write_texts")):  # fmt: skip
         monkeypatch.setattr(place, name, dying(getattr(place, name)))
     while True:
@@ -865,15 +870,8 @@ def test_killed_accelerator_goes_on_to_the_same_bits(tmp_path, monkeypatch, acce
         return work
 
     monkeypatch.setattr(behind, "_run", dying(behind._run))
-    stops = 0
-    while True:
-        left[0] = 2 + 2 * stops
-        try:
-            got = run(work=tmp_path / "work")
-            break
-        except KeyboardInterrupt:
-            stops += 1
-            assert stops < 50, "a run that is killed after every file never ends"
+    work = tmp_path / "work"
+    got, stops = through_kills(lambda: run(work=work), left, lambda stops: 2 + 2 * stops)
     assert stops >= cfg.n_layers
     jax.tree.map(np.testing.assert_array_equal, got, want)
 

@@ -77,7 +77,7 @@ def test_a_smaller_budget_slices_the_same_factors(half, parts, monkeypatch):
 
 
 def test_stopped_anywhere_it_ends_with_the_same_bits(half, parts, tmp_path, monkeypatch):
-    real, left = spectra._write, [0]
+    real, left = spectra.write_arrays, [0]
 
     def dying(file, **arrays):
         if not left[0]:
@@ -85,7 +85,7 @@ def test_stopped_anywhere_it_ends_with_the_same_bits(half, parts, tmp_path, monk
         left[0] -= 1
         real(file, **arrays)
 
-    monkeypatch.setattr(spectra, "_write", dying)
+    monkeypatch.setattr(spectra, "write_arrays", dying)
     stops = 0
     while True:
         left[0] = 2  # two more files each time

@@ -31,7 +31,7 @@ from .allocate import Plan
 from .assembly import Assembled, replaced
 from .factorize import anchored
 from .moments import Sweep, add, per
-from .spectra import FLOOR, Spectra, _write, at
+from .spectra import FLOOR, Spectra, at, write_arrays
 
 RIDGE = 1e-3  # of the mean energy of a map's inputs
 BLENDS = (0.5, 0.25)  # of the way from W to the target that fits the parent's outputs best
@@ -200,7 +200,7 @@ class Anchor(Sweep):
         else:
             layer = self._fit_all(index, layer, names)
             arrays = {f"{n}:{k}": a for n in names for k, a in at(layer, n).items()}
-            behind.do(_write, self._fitted(index), **arrays)
+            behind.do(write_arrays, self._fitted(index), **arrays)
         self._advance(index, layer)
         return layer
 

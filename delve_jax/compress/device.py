@@ -1,4 +1,4 @@
-"""What an accelerator does of the closed forms, in float64 there too: the large matrices.
+"""What a GPU does of the closed forms, in float64 there too: the large matrices.
 
 The host's way (`factorize`) is what counts and what a CPU always takes. Here the same optima are
 found with fewer decompositions: of a metric or a Gram any factor will do, so Cholesky's takes the

@@ -212,7 +212,7 @@ class Spectra:
                 self.sweep.boundaries(bar.update)
             with self.bar(self.tokens.size, "head", unit="token") as bar:
                 gram, abs_D, mean_p_V = self.sweep.head(bar.update)
-            behind.do(_write, done, gram=gram, abs=abs_D, p=mean_p_V)
+            behind.do(write_arrays, done, gram=gram, abs=abs_D, p=mean_p_V)
         with self.bar(self.cfg.n_layers, "back, factors") as bar:
             bar.update(self.cfg.n_layers - len(missing))
             for i in reversed(missing):
@@ -220,7 +220,7 @@ class Spectra:
                 self.sweep.drop(i)
                 bar.update()
         if not self._file("lookups").exists():
-            behind.do(_write, self._file("lookups"), grad=self.sweep.embed_grad())
+            behind.do(write_arrays, self._file("lookups"), grad=self.sweep.embed_grad())
         behind.wait()
         return self.head()
 
@@ -248,7 +248,7 @@ class Spectra:
             leaf = at(layer, self.mlp[-1])
             order = self.how.neurons(leaf["kernel"], sown[self.mlp[-1]], "bias" in leaf)
             out |= {f"neurons:{k}": a for k, a in order.packed().items()}
-        behind.do(_write, self._file(index), **out)
+        behind.do(write_arrays, self._file(index), **out)
 
     def _tables(self, head: HeadMoments | None) -> None:
         p_V = None if self.tokens is None else vocab.frequencies(self.tokens, self.cfg.vocab_size)
@@ -258,7 +258,7 @@ class Spectra:
                     kernel = np.asarray(self.source.outer()[m.name]["kernel"])
                     tied = self.cfg.tie_embeddings
                     fit = self.how.table(m.name, kernel, m.max_rank, head, p_V, tied)
-                    _write(self._file(m.name), **_pack(m.name, fit, None))
+                    write_arrays(self._file(m.name), **_pack(m.name, fit, None))
                 bar.update()
 
     def _file(self, what: int | str) -> Path:
@@ -312,7 +312,7 @@ def _pack(name: str, fit: Factors, mean_I) -> dict[str, Array]:
     return out if mean_I is None else {**out, f"{name}:mean": mean_I}
 
 
-def _write(file: Path, **arrays) -> None:
+def write_arrays(file: Path, **arrays) -> None:
     half = file.with_suffix(".writing")
     with half.open("wb") as out:
         np.savez(out, **arrays)

@@ -23,7 +23,7 @@ METRICS = {"bits_per_byte": "bits per byte", "nll_per_token": "nats per token"}
 LORA = """\
 The linears are low-rank already, so name their inner maps: `target_modules=["u", "v"]` (a name such
 as `in_proj` is refused by PEFT where that map is factored). Such an adapter moves only what the
-factors let through, and was still a little better than one of the same size beside the whole map
+factors let through, and was still a little better than one of about its size beside the whole map
 (4.590 against 4.602 nats, delve-jax `experiments/lora.py`). Rates of 1e-2 were the best tried."""
 
 

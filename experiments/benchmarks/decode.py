@@ -5,7 +5,8 @@ Two CPU cores, float32, random weights in real layout, prompts of 32 tokens and 
 sides make 1 and then 64 tokens in turn; the difference, over 63, is a step's time. Bars: 1.5 times
 transformers (eager) for one row of every family; a DELVE (mamba, rwkv and neox at keep 0.5) at 0.5
 of its bound, that is bytes which a step has to move over the bandwidth measured in the same turns,
-where its weights are at least 4 times the last-level cache. Run at width 512 so far, mamba and the
+where its weights are at least 4 times the last-level cache. "ours, stacked" is the same loop over
+stacked layers, which backs `lm.layers_apart`. Run at width 512 so far, mamba and the
 DELVE at 1,024.
 Transformers' mamba and rwkv run without kernels: those that exist need a GPU.
 """
@@ -33,7 +34,7 @@ from turns import (
     write,
 )
 
-from delve_jax import fuse, models, presets
+from delve_jax import fuse, lm, models, presets
 from delve_jax.config import MambaConfig, NeoxConfig, Qwen3Config, RwkvConfig
 from delve_jax.lm import LM
 
@@ -114,17 +115,30 @@ def theirs(cfg, params, prompt_BT):
     return generate
 
 
-def checked(side, lm, ours_BT, theirs_BT):
-    """How far a text is from the greedy one of `lm`; SystemExit where it is not that.
+def stacked(model, prompt_BT):
+    """-> function of n: as `LM.generate`, its single steps in a loop over stacked layers."""
+
+    def generate(n):
+        most, lm.MOST_APART = lm.MOST_APART, 0
+        try:
+            return np.asarray(model.generate(prompt_BT, n))
+        finally:
+            lm.MOST_APART = most
+
+    return generate
+
+
+def checked(side, model, ours_BT, theirs_BT):
+    """How far a text is from the greedy one of `model`; SystemExit where it is not that.
 
     Each token's logit, all tokens before it given, may lie LOST of the largest logit below the
     largest: so the cache, and the other side, are held against one uncached forward pass.
     """
-    logits_BTV = np.asarray(lm.logits(theirs_BT))[:, PROMPT - 1 : -1]
+    logits_BTV = np.asarray(model.logits(theirs_BT))[:, PROMPT - 1 : -1]
     chosen_BT1 = np.take_along_axis(logits_BTV, theirs_BT[:, PROMPT:, None], -1)
     lost = float((logits_BTV.max(-1) - chosen_BT1[..., 0]).max() / abs(logits_BTV).max())
     if not lost <= LOST:
-        raise SystemExit(f"{side} {lm.config.family}: a logit {lost:.2g} below the largest")
+        raise SystemExit(f"{side} {model.config.family}: a logit {lost:.2g} below the largest")
     new = theirs_BT[:, PROMPT:]
     return {
         "lost": lost, "same_tokens": float((ours_BT == theirs_BT)[:, PROMPT:].mean()),
@@ -137,8 +151,10 @@ def measure(name, D, B, repeats):
     cfg = config(name, D)
     params = weights(cfg)
     prompt_BT = np.random.default_rng(0).integers(1, V, (B, PROMPT)).astype(np.int32)
-    lm = LM(cfg, params)
-    sides = {"ours": lambda n: np.asarray(lm.generate(prompt_BT, n))}
+    model = LM(cfg, params)
+    sides = {"ours": lambda n: np.asarray(model.generate(prompt_BT, n))}
+    if name != "delve":
+        sides["ours, stacked"] = stacked(model, prompt_BT)
     # an exported DELVE is our own code on their side; their rwkv writes other tokens in a batch
     # than alone: its rows do not pass `checked`
     if name != "delve" and (name != "rwkv" or B == 1):
@@ -162,7 +178,7 @@ def measure(name, D, B, repeats):
         "prompt": PROMPT, "new": NEW, "step_bytes": moved,
         "tokens_per_second": {side: B / s for side, s in found["seconds"].items()}, **found,
         "call": call,
-        "check": {s: checked(s, lm, text["ours"], text[s]) for s in sides},
+        "check": {s: checked(s, model, text["ours"], text[s]) for s in sides},
     }  # fmt: skip
     if "transformers" in sides:
         row["ratio"] = found["seconds"]["transformers"] / found["seconds"]["ours"]
