@@ -25,7 +25,9 @@ from delve_jax.delphi import recipe
 from delve_jax.report import ACCENT, INK, KINDS, MUTED
 from delve_jax.train import run
 
-SIZES = (0.5, 1.0, 1.25)
+SIZES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+# at rank 1 everywhere mamba has more than its share of 0.25
+CANNOT = ("part-mamba 0.25", "ensemble 0.25")
 
 
 def delve(N, seed):
@@ -116,9 +118,9 @@ def main():
         for seed in args.seeds:
             for size in args.sizes:
                 for kind in args.only:
-                    N = int(size * hybrid.LARGEST)
-                    make = MAKERS[kind]
-                    results.row(f"{kind} {size:g}", seed, lambda m=make, n=N, s=seed: m(n, s))
+                    N, make, cell = int(size * hybrid.LARGEST), MAKERS[kind], f"{kind} {size:g}"
+                    if cell not in CANNOT:
+                        results.row(cell, seed, lambda m=make, n=N, s=seed: m(n, s))
                     bar.update(1)
     results.save(**derived(results))
     picture(results.rows, results.path.with_suffix(".png"))

@@ -77,6 +77,8 @@ def hybrid_curve() -> str:
     last = list(gaps)[-1]
 
     def told(kind, size):
+        if kind not in gaps[size]:
+            return "n/a"
         mean = f"{_mean(cells[f'{kind} {size}'], 'report'):.3f}"
         gap = gaps[size][kind]
         return f"{mean} ({gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}])"
@@ -98,7 +100,7 @@ def hybrid_curve() -> str:
         f"({r['largest']:,} parameters). In brackets DELVE minus it, 95 %: negative where the "
         "DELVE is better:", "",
         *_table(("model", *(f"N = {size}" for size in gaps)), rows), "",
-        f"Dense parents, not healed (parameters): {dense}.",
+        f"Dense parents, not healed (parameters): {dense}. n/a: rank 1 everywhere is too large.",
     ])  # fmt: skip
 
 

@@ -161,10 +161,10 @@ def test_hidden_match_counts_the_streams_that_are_there():
     assert len({round(x, 4) for x in each.values()}) == 3
 
 
-def test_half_the_steps_have_all_ranks_and_a_quarter_the_least():
+def test_half_the_steps_cut_to_the_least_share():
     shares = np.array([objective.drop_ranks(jnp.int32(i), 0, 0.4) for i in range(400)])
-    assert abs((shares == 1).mean() - 0.5) < 0.1 and abs((shares <= 0.4).mean() - 0.25) < 0.1
-    assert shares.min() >= 0.4 and len(np.unique(shares)) > 50
+    assert abs((shares <= 0.4).mean() - 0.5) < 0.1
+    assert shares.min() >= 0.4 and shares.max() < 1 and len(np.unique(shares)) > 50
 
 
 @pytest.mark.parametrize("trains", ["experts", "joints"])

@@ -11,6 +11,7 @@ import pytest
 from delve_jax import models
 from delve_jax.config import DelveConfig, DelveError, MambaConfig, NeoxConfig, RwkvConfig
 from delve_jax.models import delve, elastic
+from delve_jax.train import objective
 
 V, T = 40, 12
 both = {"vocab_size": V, "vocab_rows": V}
@@ -228,6 +229,24 @@ def test_what_is_masked_gets_no_gradient(randomised):
     assert g["v"][:, :, :5].any() and g["u"][:, :5].any()
     long = grads["codes"]["head"]["u"]
     assert not long[5:].any() and long[:5].any()
+
+
+def test_rank_drop_trains_the_whole_and_a_smaller_model(randomised):
+    params = trimmed(ELASTIC, randomised(ELASTIC, 8))
+    plain = jax.jit(jax.value_and_grad(objective.healing(ELASTIC), has_aux=True))
+    both = objective.healing(ELASTIC, terms=objective.Terms(rank_drop=0.3), seed=4)
+    (loss, metrics), grads = jax.jit(jax.value_and_grad(both, has_aux=True))(params, (), TEXT, 2)
+    share = objective.drop_ranks(2, 4, 0.3)
+    assert 0.3 <= share < 1
+    (whole, said), g = plain(params, (), TEXT)
+    (small, _), g_small = plain(elastic.masked(ELASTIC, params, share), (), TEXT)
+    assert small != pytest.approx(float(whole), rel=1e-4)
+    assert loss == pytest.approx(float(whole + small) / 2, rel=1e-5)
+    assert metrics["nll"] == pytest.approx(float(said["nll"]), rel=1e-5)
+    assert metrics["nll_cut"] == pytest.approx(float(small), rel=1e-5)
+    g_small = elastic.masked(ELASTIC, g_small, share)  # what is cut gets no gradient
+    for got, a, b in zip(*map(jax.tree.leaves, (grads, g, g_small)), strict=True):
+        np.testing.assert_allclose(got, (a + b) / 2, rtol=0, atol=2e-6)
 
 
 def test_what_cannot_be_smaller_says_so(randomised):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .. import models
@@ -100,7 +101,8 @@ def over_chunks(fn: Callable, head: dict, features, frozen, xs_BT, chunk: int):
     def joined(a, like):
         return jnp.moveaxis(a, 0, 1).reshape(B, n * chunk, *like.shape[2:])[:, :T]
 
-    real_nc = (jnp.arange(n * chunk) < T).reshape(n, 1, chunk)
+    # numpy: a scan may trace `forward` again when the trace that this runs in is over
+    real_nc = (np.arange(n * chunk) < T).reshape(n, 1, chunk)
 
     def sums(head, f, frozen, x, real):
         loss, metrics = fn(head, f, frozen, x)
@@ -155,7 +157,7 @@ class Terms:
     streams: Weight = 0.0
     hidden: Weight = 0.0
     stream_drop: float = 0.0  # chance that a sequence does without a stream (one always stays)
-    rank_drop: float = 1.0  # least share of all ranks that half the steps go down to (1: none)
+    rank_drop: float = 1.0  # least share of all ranks that every step trains as well (1: none)
     ffn_share: float = 1.0  # of the tokens that run their FFNs, behind the first hub (1: free)
 
     def at(self, name: str, step, steps: int):
@@ -233,15 +235,15 @@ def drop_streams(keys_B: jax.Array, K: int, chance: float) -> jax.Array:
 
 
 def drop_ranks(step, seed: int, least: float) -> jax.Array:
-    """Share of all ranks at a step: all in half of the steps, `least` in a quarter, else between.
+    """Share of all ranks that the second of a step's two models has: `least` in half of the steps,
+    else between it and 1.
 
-    Largest and smallest most often (the sandwich rule, arXiv 1903.05134).
+    The first has all of them: the sandwich rule (arXiv 1903.05134). Steps that have one size each
+    leave both sizes half the steps, and the smaller one a third of a nat behind.
     """
     key = jax.random.fold_in(jax.random.key(seed ^ 0x72616E6B), step)
     which, between = jax.random.uniform(key, (2,))
-    return jnp.where(
-        which < 0.5, 1.0, jnp.where(which < 0.75, least, least + (1 - least) * between)
-    )
+    return jnp.where(which < 0.5, least, least + (1 - least) * between)
 
 
 def healing(
@@ -327,9 +329,7 @@ def healing(
         tokens_BT = tokens_of(batch)
         inputs, targets = tokens_BT[:, :-1], tokens_BT[:, 1:]
         seg = segments(inputs, eot)
-        here = None
-        if terms.rank_drop < 1:
-            params = elastic.masked(cfg, params, drop_ranks(step, seed, terms.rank_drop))
+        here, goal = None, None
         if dropping:
             here = drop_streams(draws(tokens_BT, step, seed), K, terms.stream_drop)
         if trains != "all":
@@ -337,13 +337,6 @@ def healing(
                 room: p if (room in JOINTS) == (trains == "joints") else lax.stop_gradient(p)
                 for room, p in params.items()
             }
-        way = None
-        if hybrid:
-            f, _, way = delve.traced(
-                cfg, params, inputs, segments_BT=seg, how=how, present_BTK=here, trace=hidden
-            )
-        else:
-            f, _ = models.features(cfg, params, inputs, segments_BT=seg, how=how)
         xs, fixed = {"targets": targets}, {}
         if here is not None:
             xs["present"] = jnp.broadcast_to(here, (*inputs.shape, K))
@@ -360,17 +353,32 @@ def healing(
             fixed["pool"] = models.head_params(pool, dense)
         alone = not (hybrid or teachers or cached)
         chunk = chunk_length(rows or inputs.shape[0], inputs.shape[1], cfg.vocab_size, alone)
-        head = models.head_params(cfg, params)
-        total, metrics = over_chunks(position_loss, head, f, fixed, xs, chunk)
-        if routed:
-            shares = [share_S[1:] for share_S in way["ffn"].values()]
-            metrics["ffn_share"] = jnp.stack(shares).mean()
-            if terms.ffn_share < 1:
-                total = total + FFN_WEIGHT * (metrics["ffn_share"] - terms.ffn_share) ** 2
-        if hidden and cfg.n_superblocks > 1:
-            metrics["hidden"] = hidden_match(cfg.names, way["h"], goal["h"], here)
-            total = total + terms.at("hidden", step, steps) * metrics["hidden"]
-        return total, metrics
+
+        def student(params):
+            way = None
+            if hybrid:
+                f, _, way = delve.traced(
+                    cfg, params, inputs, segments_BT=seg, how=how, present_BTK=here, trace=hidden
+                )
+            else:
+                f, _ = models.features(cfg, params, inputs, segments_BT=seg, how=how)
+            head = models.head_params(cfg, params)
+            total, metrics = over_chunks(position_loss, head, f, fixed, xs, chunk)
+            if routed:
+                shares = [share_S[1:] for share_S in way["ffn"].values()]
+                metrics["ffn_share"] = jnp.stack(shares).mean()
+                if terms.ffn_share < 1:
+                    total = total + FFN_WEIGHT * (metrics["ffn_share"] - terms.ffn_share) ** 2
+            if hidden and cfg.n_superblocks > 1:
+                metrics["hidden"] = hidden_match(cfg.names, way["h"], goal["h"], here)
+                total = total + terms.at("hidden", step, steps) * metrics["hidden"]
+            return total, metrics
+
+        if terms.rank_drop == 1:
+            return student(params)
+        shares = jnp.stack([jnp.ones(()), drop_ranks(step, seed, terms.rank_drop)])
+        totals, both = lax.map(lambda share: student(elastic.masked(cfg, params, share)), shares)
+        return totals.mean(), {k: v[0] for k, v in both.items()} | {"nll_cut": both["nll"][1]}
 
     return loss
 
