@@ -327,8 +327,7 @@ def layerwise(src: str | Path) -> dict | None:
     _check_fit(src, load_config(src), tree)
     for key, leaf in _leaves(tree):
         name = parallel.path_of(key)
-        file = {"driver": "file", "path": str((path / name.replace("/", ".")).absolute())}
-        out[name] = tensorstore.open({"driver": "zarr", "kvstore": file}, read=True).result()
+        out[name] = _opened(path, name)
         large = name.startswith("layers/") and leaf.size * leaf.dtype.itemsize > CHUNK_BYTES
         if large and out[name].chunk_layout.read_chunk.shape[0] > 1:
             return None
@@ -352,10 +351,24 @@ def _params_of(src: Path):
 
 
 def restore_part(src: str | Path, name: str):
-    """One top-level subtree of the parameters (the pool of a DELVE, say) without the rest."""
+    """One top-level subtree of the parameters (the pool of a DELVE, say) without the rest: NumPy.
+
+    Unlike `restore`, which waits for all processes, one of them may call it alone.
+    """
     path, part = _params_of(Path(src))
-    tree = part({name: _placed(part(_read_abstract(path))[name], None)}, wrap=True)
-    return part(_restore_tree(path, tree, check=False))[name]  # not worth reading every file
+    tree = part({name: part(_read_abstract(path))[name]}, wrap=True)
+    keys, form = jax.tree_util.tree_flatten_with_path(tree)
+    try:  # not worth comparing the sums of every file
+        arrays = [_opened(path, parallel.path_of(key)).read().result() for key, _ in keys]
+    except (ValueError, OSError) as err:
+        raise DelveError(f"{path}: damaged checkpoint, make it again ({_one_line(err)})") from None
+    return part(jax.tree.unflatten(form, arrays))[name]
+
+
+def _opened(path: Path, name: str):
+    """An array of a tree, "params/pool/a", as Orbax has it in the files, opened to read."""
+    file = {"driver": "file", "path": str((path / name.replace("/", ".")).absolute())}
+    return tensorstore.open({"driver": "zarr", "kvstore": file}, read=True).result()
 
 
 def _placed(tree, mesh):

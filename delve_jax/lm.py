@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import math
+import operator
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -192,30 +193,45 @@ def layers_apart(cfg: Config, params: dict) -> dict:
     In a loop over stacks XLA copies every layer's weights out before a product reads them: 30 to
     53 % of a step of one row on a CPU (results/decode_cpu.json). Here the layers are views there,
     without bytes of their own; on a GPU a second copy of the layers as long as a call, where it has
-    room. The stacks as they are: on other devices, of a DELVE, sharded or very deep models, in int8
-    (a loop's constants get converted once and then stay: four times their bytes).
+    room. Of a DELVE the layers of all streams, and the hub's sync points. The stacks as they are:
+    on other devices, of sharded or very deep models, in int8 (a loop's constants get converted once
+    and then stay: four times their bytes).
     """
-    if cfg.family == "delve" or cfg.n_layers > MOST_APART or cfg.storage == "int8":
+    joined = cfg.family == "delve"
+    subs = dict(cfg.streams if joined else [("", cfg)])
+    if sum(sub.n_layers for sub in subs.values()) > MOST_APART:
         return params
-    stacks, form = jax.tree.flatten(jax.tree.map(jnp.asarray, params["layers"]))
-    device, *others = stacks[0].devices()
+    if any(sub.storage == "int8" for sub in subs.values()):
+        return params
+    parents = params["streams"] if joined else {"": params}
+    stacks = [{n: parents[n]["layers"] for n in subs}, {k: params[k] for k in params if k == "hub"}]
+    stacks = jax.tree.map(jnp.asarray, stacks)
+    leaves = jax.tree.leaves(stacks)
+    device, *others = leaves[0].devices()
     if others or device.platform not in ("cpu", "gpu"):
         return params
     if device.platform == "cpu":
-        rows = [list(np.asarray(a)) for a in stacks]
+        rows = _rows(jax.tree.map(np.asarray, stacks))
         rows = jax.device_put(rows, device, may_alias=True)
     else:
         known = device.memory_stats() or {}
         free = known.get("bytes_limit", 0) - known.get("bytes_in_use", 0)
-        if 1.2 * sum(a.nbytes for a in stacks) > free:  # 0.2: what else a call needs
+        if 1.2 * sum(a.nbytes for a in leaves) > free:  # 0.2: what else a call needs
             return params
-        rows = _rows(stacks)
-    return {**params, "layers": tuple(map(form.unflatten, zip(*rows, strict=True)))}
+        rows = jax.jit(_rows)(stacks)
+    layers, hub = rows
+    parents = {n: {**p, "layers": layers[n]} for n, p in parents.items()}
+    return {**params, "streams": parents, **hub} if joined else parents[""]
 
 
-@jax.jit
-def _rows(stacks: list) -> list[list]:
-    return [list(a) for a in stacks]
+def _rows(stacks: list[dict]) -> list[dict]:
+    """Of every stacked tree the tuple of its layers' trees."""
+
+    def rows(tree):
+        n = len(jax.tree.leaves(tree)[0])
+        return tuple(jax.tree.map(operator.itemgetter(i), tree) for i in range(n))
+
+    return [{name: rows(tree) for name, tree in trees.items()} for trees in stacks]
 
 
 def _decode(
@@ -236,7 +252,7 @@ def _decode(
     def ended(token_B):
         return (token_B[:, None] == jnp.array(stop, jnp.int32)).any(-1)
 
-    f, state = models.features(cfg, params, tokens_BT, state, mask_BT, how=how)
+    f, state = models.features(cfg, params, tokens_BT, _empty(state), mask_BT, how=how)
     # the head of a prompt's last position only: all of them would be most of a small model's work
     logits = models.head(cfg, params, jax.tree.map(lambda a: a[:, -1:], f))
     keys = jax.random.split(key, n)
@@ -255,6 +271,13 @@ def _decode(
 
     last, token_B, _, new_nB = lax.while_loop(going, one, (1, first, state, new_nB))
     return jnp.where(jnp.arange(n)[:, None] < last, new_nB, token_B).T  # all rows ended before n
+
+
+def _empty(state: dict) -> dict:
+    """A state that nothing was written to, and says so where it is traced (`attention.attend`)."""
+    return {
+        k: _empty(v) if isinstance(v, dict) else 0 if k == "index" else v for k, v in state.items()
+    }
 
 
 def truncated(logits_BV, top_k: int, top_p) -> jax.Array:

@@ -244,6 +244,24 @@ def compress_memory() -> str:
     return "\n".join(lines)
 
 
+def compress_accelerator() -> str:
+    """Where the time of `delve compress` goes on an accelerator."""
+    r = json.loads((RESULTS / "compress_accelerator.json").read_text())
+    x = r["rows"][-1]
+    rows = [
+        (name, f"{s['seconds']:.0f}", f"{s['compile_seconds']:.0f}", f"{s['cpu_seconds']:.0f}")
+        for name, s in x["stages"].items() if s["seconds"] >= 0.5
+    ]  # fmt: skip
+    rows.append(("**all**", f"**{x['seconds']:.0f}**", "", f"{x['cpu_seconds']:.0f}"))
+    head = ("stage", "seconds", "of compiling, threads added up", "seconds of all cores")
+    return "\n".join([
+        f"{x['preset']}, {x['layers_run']} of {x['layers']} layers, {x['tokens']:,} tokens, keep "
+        f"{x['keep']}, {x['device']}, {x['cores']} cores; {x['peak_rss'] / 2**30:.1f} GiB of the "
+        f"host and {x['peak_device'] / 2**30:.1f} of the device at the peak:", "",
+        *_table(head, rows),
+    ])  # fmt: skip
+
+
 def generation() -> str:
     """Tokens a second of factored models beside their dense parents."""
     r = json.loads((RESULTS / "generate_cpu.json").read_text())
@@ -357,7 +375,7 @@ def tiers() -> str:
 BLOCKS = (
     quickstart, proxies, interruption, sharding, training, optimisers, compression,
     shared_tables, refinement, generation, decode, prefill, growth, loading, accelerator,
-    compress_memory,
+    compress_memory, compress_accelerator,
     hybrid_diversity, hybrid_curve, hybrid_tasks, hybrid_sources, hybrid_parts, delphi, ladder,
     lora, tiers,
 )  # fmt: skip

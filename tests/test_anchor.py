@@ -16,6 +16,7 @@ from delve_jax.compress.allocate import Plan, parent_maps
 from delve_jax.compress.anchor import Anchor
 from delve_jax.compress.assembly import assemble, replaced
 from delve_jax.compress.factorize import anchored, factor
+from delve_jax.compress.passes import programs
 from delve_jax.compress.spectra import InMemory, Spectra, recipe
 from delve_jax.config import DelveError, MambaConfig, NeoxConfig, Qwen3Config, RwkvConfig
 
@@ -200,7 +201,7 @@ def drift(cfg, params, new, small, tokens):
             jax.tree.map(lambda a, i=i: a[i], tree)
             for tree in (params["layers"], products(small["layers"]))
         )
-        streams = [anchor._step(c)(p, x)
+        streams = [programs(c).step(p, x)
                    for c, p, x in zip((cfg, new), (whole, part), streams, strict=True)]  # fmt: skip
         out.append((streams[0] - streams[1]).reshape(-1, cfg.d_model))
     return np.asarray(out, np.float64)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import re
+import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -19,6 +22,7 @@ from delve_jax.compress import (
     compress,
     curves,
     device,
+    factorize,
     moments,
     spectra,
     vocab,
@@ -242,6 +246,43 @@ def test_tied_table_is_optimal_for_lookups_and_logits_together():
     assert got < joint(plain.v_IK @ plain.u_KO)
     full = vocab.factor_tied(table, gram, p, 16)
     np.testing.assert_allclose(full.v_IK @ full.u_KO, table, atol=1e-10)
+
+
+def test_head_is_factored_within_one_array_of_its_length(monkeypatch):
+    """A float64 copy of a head of 50,000 words is gigabytes: its factor is the only one."""
+    monkeypatch.setattr(factorize, "ROWS", 64)
+    monkeypatch.setattr(vocab, "ROWS", 64)
+    rng = np.random.default_rng(3)
+    n_in, n_out, rank = 48, 8192, 40
+    w = rng.normal(size=(n_in, n_out)).astype(np.float32)
+    p = vocab.weights(rng.random(n_out) ** 4)
+    for tokens in (4 * n_in, rank // 2):  # enough, and fewer than there are ranks
+        f = rng.normal(size=(tokens, n_in))
+        gram = f.T @ f / tokens
+        tracemalloc.start()
+        fit = vocab.factor_head(w, gram, p, rank)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        factor_bytes = 8 * rank * n_out
+        assert factor_bytes <= peak < 1.5 * factor_bytes  # pieces and what is n_in by n_in beside
+        want = factor((w - (w @ p)[:, None]) * np.sqrt(p), rank, gram)
+        dense = [fit.v_IK @ fit.u_KO, want.v_IK @ want.u_KO / np.sqrt(p)]
+        np.testing.assert_allclose(*dense, atol=1e-8)
+
+
+def test_embedding_is_factored_within_one_array_of_its_length(monkeypatch):
+    monkeypatch.setattr(factorize, "ROWS", 64)
+    monkeypatch.setattr(vocab, "ROWS", 64)
+    rng = np.random.default_rng(4)
+    table, rank = rng.normal(size=(8192, 48)).astype(np.float32), 40
+    table[:, 20:] = 0  # beyond its own rank the rest is chosen by plain SVD
+    g = rng.normal(size=(200, 48))
+    tracemalloc.start()
+    fit = vocab.factor_embed(table, vocab.weights(rng.random(8192)), rank, g.T @ g / 200)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 8 * rank * 8192 <= peak < 1.5 * 8 * rank * 8192
+    np.testing.assert_allclose(fit.v_IK @ fit.u_KO, table, atol=1e-6)
 
 
 # --- moments -------------------------------------------------------------------------------------
@@ -852,8 +893,38 @@ def test_accelerator_compresses_to_the_same_parent(family, tmp_path, request):
     np.testing.assert_allclose(models.forward(cfg, params, tokens[:2])[0], want, atol=2e-3)
 
 
-def test_killed_accelerator_goes_on_to_the_same_bits(tmp_path, monkeypatch, accelerator):
-    """Files that are written behind the work come in its order, each whole: C9 there too."""
+def test_accelerator_compiles_every_program_once(tmp_path, caplog, accelerator):
+    """Whatever of its arguments is committed to a device, and at whatever rank a map is cut."""
+    cfg = dataclasses.replace(MAMBA, n_layers=3, norm_eps=1.5e-5)  # programs of its own
+    stock_parent(tmp_path / "stock", cfg)
+    tokens = windows(cfg, n=16)
+    jax.clear_caches()  # of the programs that other tests share
+    jax.config.update("jax_log_compiles", True)  # on threads too, where `jax.log_compiles` is not
+    try:
+        source = parents.open_layers(tmp_path / "stock")
+        with caplog.at_level("WARNING", logger="jax"):
+            report = compress(source.cfg, source, tokens, keep=0.6, progress=False)[2]
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    assert report.blend and len(set(report.plan.ranks["in_proj"])) > 1  # what there is to compile
+    compiled = [
+        re.match(r"Compiling jit\((\w+)\) with .*? types (\(.*?\))\. ", record.getMessage())
+        for record in caplog.records
+    ]
+    seen = Counter(match.groups() for match in compiled if match)
+    names = Counter(name for name, _ in seen)
+    assert names["step"] == names["back"] == names["log_p"] == 1
+    assert names["_two_sided"] == 3 and names["sums"] == names["_anchored"] == 2
+    assert not [name for name, count in seen.items() if count > 1]
+
+
+@pytest.mark.parametrize("room", [2**30, 80_000], ids=["all is held", "two boundaries are held"])
+def test_killed_accelerator_goes_on_to_the_same_bits(room, tmp_path, monkeypatch, accelerator):
+    """Files that are written behind the work come in its order, each whole: C9 there too.
+
+    What was held on the accelerator and has no file is made again.
+    """
+    monkeypatch.setattr(device, "room", lambda: room)
     cfg = MAMBA
     params, tokens = trained_like(cfg), windows(cfg)
     run = lambda **how: compress(cfg, params, tokens, keep=0.5, progress=False, **how)[1]  # noqa: E731

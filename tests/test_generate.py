@@ -1,5 +1,7 @@
 """The decode loop: stop ids, truncated sampling, seeds; every row as if it were alone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,14 @@ import pytest
 import delve_jax
 from delve_jax import lm as lm_module
 from delve_jax import look, models
-from delve_jax.config import DelveError, MambaConfig, NeoxConfig, Qwen3Config, RwkvConfig
+from delve_jax.config import (
+    DelveConfig,
+    DelveError,
+    MambaConfig,
+    NeoxConfig,
+    Qwen3Config,
+    RwkvConfig,
+)
 from delve_jax.lm import layers_apart, truncated
 
 SIZES = {"vocab_size": 40, "vocab_rows": 48, "d_model": 16, "n_layers": 2}
@@ -123,24 +132,65 @@ FAMILIES = (
 )
 
 
-@pytest.mark.parametrize("cfg", FAMILIES, ids=lambda cfg: cfg.family)
-def test_layers_apart_give_the_same_tokens(cfg, randomised, monkeypatch):
-    """As layers in a loop; on a CPU in the memory of the stacks, not in any of their own."""
-    params = jax.tree.map(lambda a: 3 * a, randomised(cfg, 0))
-    parted = layers_apart(cfg, params)["layers"]
-    assert len(parted) == cfg.n_layers
-    for i, layer in enumerate(parted):
-        pairs = zip(jax.tree.leaves(layer), jax.tree.leaves(params["layers"]), strict=True)
-        for one, stack in pairs:
-            np.testing.assert_array_equal(one, stack[i])
-            if stack.nbytes % (64 * cfg.n_layers) == 0:  # what XLA asks of an address
-                at = stack.unsafe_buffer_pointer() + i * one.nbytes
-                assert one.unsafe_buffer_pointer() == at
+def same_tokens_apart(cfg, params, monkeypatch):
+    """As stacks, as NumPy's arrays (a compressed parent's are), and too deep to be taken apart."""
     out = np.asarray(delve_jax.LM(cfg, params).generate(PROMPT, 24))
-    monkeypatch.setattr(lm_module, "MOST_APART", cfg.n_layers - 1)
+    depth = sum(sub.n_layers for _, sub in cfg.streams) if "streams" in params else cfg.n_layers
+    monkeypatch.setattr(lm_module, "MOST_APART", depth - 1)
     assert layers_apart(cfg, params) is params
     np.testing.assert_array_equal(out, delve_jax.LM(cfg, params).generate(PROMPT, 24))
     monkeypatch.undo()
-    plain = jax.tree.map(np.asarray, params)  # as a compressed parent's are
+    plain = jax.tree.map(np.asarray, params)
     np.testing.assert_array_equal(out, delve_jax.LM(cfg, plain).generate(PROMPT, 24))
     assert len(set(out[:, 7:].ravel().tolist())) > 3
+
+
+def rows_of(parted, stacked, n):
+    """A tuple of n trees, the rows of a stacked one; on a CPU in its memory, not their own."""
+    assert isinstance(parted, tuple) and len(parted) == n
+    for i, layer in enumerate(parted):
+        for one, stack in zip(jax.tree.leaves(layer), jax.tree.leaves(stacked), strict=True):
+            np.testing.assert_array_equal(one, stack[i])
+            if one.nbytes % 64 == 0 and stack.unsafe_buffer_pointer() % 64 == 0:  # XLA asks for it
+                at = stack.unsafe_buffer_pointer() + i * one.nbytes
+                assert one.unsafe_buffer_pointer() == at
+
+
+@pytest.mark.parametrize("cfg", FAMILIES, ids=lambda cfg: cfg.family)
+def test_layers_apart_give_the_same_tokens(cfg, randomised, monkeypatch):
+    """As layers in a loop."""
+    params = jax.tree.map(lambda a: 3 * a, randomised(cfg, 0))
+    rows_of(layers_apart(cfg, params)["layers"], params["layers"], cfg.n_layers)
+    same_tokens_apart(cfg, params, monkeypatch)
+
+
+def joined(*streams, S, ranks=(), **more):
+    """A DELVE with a hub, its streams named by their families."""
+    streams = tuple((sub.family, dataclasses.replace(sub, ranks=ranks)) for sub in streams)
+    return DelveConfig(streams, S, connectors="hub", hub_rank=4, **more)
+
+
+MAMBA, NEOX, RWKV, _ = FAMILIES
+DEEP = dataclasses.replace(MAMBA, n_layers=4)
+DELVES = {
+    "J=1": joined(DEEP, RWKV, NEOX, S=2, ffn_skip=0.9),
+    "J=K, uneven": joined(dataclasses.replace(RWKV, n_layers=3), NEOX, S=3, latents=2),
+    "codes": joined(
+        DEEP, NEOX, S=2, codes=("embed", "head"), ranks=(("embed", (9,)), ("head", (9,)))
+    ),
+    "alone": joined(MAMBA, S=1),
+}
+
+
+@pytest.mark.parametrize("name", DELVES)
+def test_layers_of_a_delve_apart_give_the_same_tokens(name, randomised, monkeypatch):
+    """Superblocks one by one as in a loop; the prompts are padded, hub and gate act."""
+    cfg = DELVES[name]
+    params = randomised(cfg, 0)
+    parted = layers_apart(cfg, params)
+    for stream, sub in cfg.streams:
+        layers = params["streams"][stream]["layers"]
+        rows_of(parted["streams"][stream]["layers"], layers, sub.n_layers)
+    if "hub" in params:
+        rows_of(parted["hub"], params["hub"], cfg.n_superblocks - 1)
+    same_tokens_apart(cfg, params, monkeypatch)

@@ -5,6 +5,11 @@ Parents are random and tiny, fused dense or at common codes; nothing is compress
 
 import dataclasses
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -47,6 +52,39 @@ def place(tmp_path_factory, randomised):
 
 
 TOKENS = np.random.default_rng(0).integers(0, 300, (2, 12))
+
+
+def in_two_processes(*argv) -> None:
+    """`delve` as two processes with a device each, both to their end; compiled in a hurry."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{s.getsockname()[1]},2"
+    hurry = "--xla_backend_optimization_level=0"
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "XLA_FLAGS": hurry}
+    argv = [sys.executable, "-m", "delve_jax", *map(str, argv), "--distributed"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    both = [subprocess.Popen([*argv, f"{where},{i}"], env=env, text=True, **pipes) for i in (0, 1)]
+    try:
+        for one in both:
+            _, err = one.communicate(timeout=300)
+            assert one.returncode == 0, err[-2000:]
+    finally:
+        for one in both:
+            one.kill()
+
+
+def test_two_processes_heal_a_hybrid(place, tmp_path):
+    """With teachers, to the end: the facts of it are read by one of them, which waits for nobody.
+
+    (That two compute what one does: tests/test_faults.py.)
+    """
+    flags = ("--data", place / "fit.txt", *HEAL, "--mesh", "data=2")
+    in_two_processes("heal", place / "fused", tmp_path / "two", *flags)
+    losses = [
+        row["loss"] for row in read_metrics(tmp_path / "two" / "metrics.jsonl") if "loss" in row
+    ]
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    assert np.isfinite(delve_jax.load(tmp_path / "two").logits(TOKENS)).all()
 
 
 def test_fuse_with_other_connectors_heads_and_a_warm_hub(place, capsys, tmp_path):

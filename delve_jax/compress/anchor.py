@@ -31,6 +31,7 @@ from .allocate import Plan
 from .assembly import Assembled, replaced
 from .factorize import anchored
 from .moments import Sweep, add, per
+from .passes import programs
 from .spectra import FLOOR, Spectra, at, write_arrays
 
 RIDGE = 1e-3  # of the mean energy of a map's inputs
@@ -65,7 +66,7 @@ def _sums(cfg: ParentConfig, small: ParentConfig, name: str):
     fam = models.FAMILY[cfg.family]
     fewer = bool(small.neurons) and name == fam.MLP[-1]  # of its inputs than in the parent
 
-    @jax.jit
+    @device.program
     def sums(dense: dict, student: dict, x_BTD, z_BTD):
         out_BTD, seen = _watched(cfg, dense, x_BTD)
         into_BTD, got = _watched(small, student, z_BTD)
@@ -86,11 +87,6 @@ def _sums(cfg: ParentConfig, small: ParentConfig, name: str):
         }
 
     return sums
-
-
-@functools.lru_cache(maxsize=8)
-def _step(cfg: ParentConfig):
-    return jax.jit(functools.partial(models.block_apply, cfg))
 
 
 def best(
@@ -176,11 +172,37 @@ class Anchor(Sweep):
         for left in spectra.folder.glob("anchor-*/*.npy"):  # of another plan that was stopped
             if left.parent != self.folder:
                 left.unlink()
-        if not (self._has("streams", 0) or self._fitted(0).exists()):
+        layers = range(cfg.n_layers)
+        fitted = all(self._fitted(i).exists() for i in layers)
+        if not fitted and not any(self.has("streams", i) for i in layers):
+            if device.on():
+                self._ahead()
             tops = (self.source.outer(), top)
             with jax.default_matmul_precision("highest"):
                 parts = (x for t in tops for x in self._embedded(t, self.tokens))
                 self._keep("streams", 0, self._streams, parts)
+
+    def _ahead(self) -> None:
+        """Have an accelerator compile the sums of all maps, and what they are fitted with."""
+        dense = self.source.layer(0)
+        small = jax.tree.map(lambda a, b: np.zeros(b.shape[1:], a.dtype), dense, self._shapes)
+        x_BTD = np.zeros((*self.tokens[: self.rows].shape, self.cfg.d_model), np.float32)
+        for name in self.order:
+            n_in, n_out = np.shape(at(dense, name)["kernel"])
+            fewer = bool(self.plan.neurons) and name == self.spectra.mlp[-1]
+            if (name not in self.plan.ranks and not fewer) or n_in > WIDEST:
+                continue
+            _sums(self.cfg, self.small, name).ahead(dense, small, x_BTD, x_BTD)
+            if not device.takes(n_in) or not self.spectra.how.metric:
+                continue
+            of = n_in if n_out > n_in and not fewer else n_out  # of the drift
+            means = (None, None, None)
+            if self.centred and "bias" in at(dense, name):
+                means = map(np.zeros, (n_in, of, n_out))
+            device.ahead(
+                "anchored", np.zeros((n_in, n_out), np.float32), np.eye(n_in),
+                np.zeros((n_in, of)), *means, np.eye(min(n_in, n_out)), RIDGE, self.blend,
+            )  # fmt: skip
 
     def _fitted(self, index: int) -> Path:
         return self.folder / f"layer-{index:04d}.npz"
@@ -261,11 +283,11 @@ class Anchor(Sweep):
 
     def _advance(self, index: int, layer: dict) -> None:
         """Both streams to the next layer; nothing where they went there already."""
-        if not self._has("streams", index):
+        if not self.has("streams", index):
             return
-        if not self._has("streams", index + 1) and index + 1 < self.cfg.n_layers:
+        if not self.has("streams", index + 1) and index + 1 < self.cfg.n_layers:
             x_NTD, z_NTD = self._load("streams", index)
-            dense, step = self.source.layer(index), _step(self.small)
+            dense, step = self.source.layer(index), programs(self.small).step
             for name in self.order:
                 layer = replaced(layer, name, _product(at(layer, name)))
             student = jax.tree.map(_padded, layer, self._shapes)
@@ -289,4 +311,4 @@ def _product(leaf: dict) -> dict:
 def _padded(a, stack) -> jax.Array:
     """The array in the shape of one layer of a stack: a layer may have fewer neurons."""
     grow = [(0, most - n) for n, most in zip(a.shape, stack.shape[1:], strict=True)]
-    return jnp.asarray(np.pad(a, grow) if any(after for _, after in grow) else a)
+    return device.put(np.pad(a, grow) if any(after for _, after in grow) else a)

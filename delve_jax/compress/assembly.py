@@ -113,7 +113,8 @@ def _as_dense(tree: dict, like: dict) -> dict:
             out[name] = _as_dense(a, like[name])
         else:
             grow = [(0, most - n) for n, most in zip(a.shape, like[name].shape, strict=True)]
-            out[name] = jax.device_put(np.pad(a, grow) if any(n for _, n in grow) else a)
+            a = np.pad(a, grow) if any(n for _, n in grow) else a
+            out[name] = device.put(a) if device.on() else jax.device_put(a)
     return out
 
 

@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from . import device
@@ -83,7 +82,7 @@ def _next() -> None:
 
 def leaving(part) -> jax.Array:
     """The part, on its way to the host."""
-    part = jnp.asarray(part)
+    part = device.put(part)
     part.copy_to_host_async()
     return part
 

@@ -134,9 +134,9 @@ def of(parents: list[tuple], most: int | None = None) -> Codes:
     tables, heads = [], []
     for source, _, _ in parents:
         outer = source.outer()
-        tables.append(np.asarray(outer["embed"]["kernel"], np.float64))
+        tables.append(np.asarray(outer["embed"]["kernel"]))
         tied = source.cfg.tie_embeddings
-        heads.append(tables[-1].T if tied else np.asarray(outer["head"]["kernel"], np.float64))
+        heads.append(tables[-1].T if tied else np.asarray(outer["head"]["kernel"]))
     width = sum(t.shape[1] for t in tables)
     if most is None:
         dense = sum(t.size * (1 if s.cfg.tie_embeddings else 2)

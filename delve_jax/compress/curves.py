@@ -13,6 +13,7 @@ import functools
 import itertools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -40,7 +41,9 @@ def tails(spectrum: np.ndarray, ranks) -> np.ndarray:
 def cut(spectra: Spectra, name: str, layer: int, rank: int, leaf: dict) -> dict:
     """A dense leaf whose kernel (and bias) is that of the map at this rank."""
     fit = spectra.factors(name, layer, rank, leaf["kernel"])
-    new = {**leaf, "kernel": jnp.asarray(device.product(fit.v_IK, fit.u_KO), leaf["kernel"].dtype)}
+    kernel_IO = device.product(fit.v_IK, fit.u_KO).astype(leaf["kernel"].dtype, copy=False)
+    # where `jnp.asarray` would hold a table twice meanwhile
+    new = {**leaf, "kernel": jax.device_put(kernel_IO)}
     if fit.bias_O is not None:
         new["bias"] = jnp.asarray(leaf["bias"] + fit.bias_O, leaf["bias"].dtype)
     return new

@@ -9,6 +9,8 @@ with the host's to rounding. None stands for "not here": the caller goes the hos
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +38,68 @@ def room() -> int:
     return (stats or {}).get("bytes_limit", 0) // 3
 
 
+# ---- programs ------------------------------------------------------------------------------------
+# One compiles for seconds there, and `jax.jit` compiles anew for every dtype of the arguments, for
+# every pattern of those that are committed to a device and those that are not, and for every
+# default precision, though none of these change what is computed here.
+
+_compilers = ThreadPoolExecutor(8, "compile")
+_compiling: dict[Callable, list[Future]] = {}
+
+
+def _there(function: Callable) -> Callable:
+    """The function in full precision, once what `ahead` started for it is done."""
+
+    @functools.wraps(function)
+    def now(*args, **named):
+        with jax.default_matmul_precision("highest"):
+            return function(*args, **named)
+
+    @functools.wraps(function)
+    def call(*args, **named):
+        wait(_compiling.pop(call, ()))  # what failed there fails here again, or does not matter
+        return now(*args, **named)
+
+    call.now = now
+    return call
+
+
+def ahead(function: Callable | str, *args) -> None:
+    """Call a program, or a function of this file by name, on a thread: it is compiled when needed.
+
+    Programs compile side by side there, while the caller reads files.
+    """
+    function = _BY_NAME.get(function, function)
+
+    def compiles():  # and keeps nothing of what comes out
+        function.now(*args)
+
+    _compiling.setdefault(function, []).append(_compilers.submit(compiles))
+
+
+def put(tree):
+    """The arrays of a tree on the accelerator, all of them committed to it."""
+    if not on():
+        return jax.tree.map(jnp.asarray, tree)
+    return jax.device_put(tree, jax.local_devices()[0])
+
+
+def program(function):
+    """`jax.jit`, compiled once for all arguments of the same shapes and dtypes, wherever they are.
+
+    On a CPU it is `jax.jit` itself.
+    """
+    compiled = jax.jit(function)
+    there = _there(lambda *args: compiled(*put(args)))
+
+    @functools.wraps(function)
+    def run(*args):
+        return there(*args) if on() else compiled(*args)
+
+    run.ahead = functools.partial(ahead, there)
+    return run
+
+
 # ---- sums and products ---------------------------------------------------------------------------
 
 
@@ -44,31 +108,60 @@ def _add(total, part):
     return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, part)
 
 
+@jax.jit
+def _float64(tree):
+    return jax.tree.map(lambda a: a.astype(jnp.float64), tree)
+
+
+@jax.jit
+def _per(total, count):
+    return jax.tree.map(lambda a: a / count, total)
+
+
+@jax.jit
+def _finite(tree):
+    return jnp.stack([jnp.isfinite(a).all() for a in jax.tree.leaves(tree)]).all()
+
+
 def add(total, part):
     """The sum of a tree of float64 sums (None: nothing yet), which is used up, and float32 ones."""
     with jax.enable_x64(True):
         if total is None:
-            return jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), part)
+            return _float64(put(part))
         return _add(total, part)
 
 
 def per(total, count) -> dict:
     """A tree of float64 sums divided by a count, on the device."""
     with jax.enable_x64(True):
-        return jax.tree.map(lambda a: a / np.float64(count), total)
+        return _per(total, np.float64(count))
 
 
 def finite(tree) -> bool:
     """Whether nothing in a tree of arrays, wherever they are, is NaN or Inf."""
-    return all(bool(jnp.isfinite(a).all()) if isinstance(a, jax.Array) else np.isfinite(a).all()
-               for a in jax.tree.leaves(tree))  # fmt: skip
+    leaves = jax.tree.leaves(tree)
+    there = [a for a in leaves if isinstance(a, jax.Array)]
+    here = (np.isfinite(a).all() for a in leaves if not isinstance(a, jax.Array))
+    return all(here) and (not there or bool(_finite(there)))
+
+
+@jax.jit
+def _product(v_IK, u_KO):
+    return jnp.matmul(v_IK, u_KO, precision=HIGHEST)
 
 
 def product(v_IK, u_KO):
     """v u in their own dtype: of factors that are multiplied out to be run."""
+    v_IK, u_KO = np.asarray(v_IK), np.asarray(u_KO)
     if not on():
-        return np.asarray(v_IK) @ np.asarray(u_KO)
-    return jnp.matmul(jnp.asarray(v_IK), jnp.asarray(u_KO), precision=HIGHEST)
+        return v_IK @ u_KO
+    # one program for all ranks that pay: zeros up to the largest of them add nothing
+    (n_in, rank), n_out = v_IK.shape, u_KO.shape[1]
+    most = max(rank, n_in * n_out // (n_in + n_out))
+    v, u = np.zeros((n_in, most), v_IK.dtype), np.zeros((most, n_out), u_KO.dtype)
+    v[:, :rank], u[:rank] = v_IK, u_KO
+    with jax.default_matmul_precision("highest"):
+        return _product(*put((v, u)))
 
 
 @jax.jit
@@ -117,7 +210,6 @@ def _root(gram, cholesky: bool):
 
 @functools.partial(jax.jit, static_argnames=("over", "cholesky"))
 def _two_sided(w_IO, gram, grad, mean_I, damping, over: str, cholesky: bool):
-    w_IO, gram, grad = (a.astype(jnp.float64) for a in (w_IO, gram, grad))
     gram, grad = (gram + gram.T) / 2, (grad + grad.T) / 2
     if mean_I is not None:
         mean = mean_I if over == "inputs" else mean_I @ w_IO
@@ -153,6 +245,12 @@ def _two_sided(w_IO, gram, grad, mean_I, damping, over: str, cholesky: bool):
     return v_IK / s_K, u_KO * s_K[:, None], spectrum, units
 
 
+def _widened(*args):
+    """Arguments of a program in float64: a map is asked for with several dtypes, and one counts."""
+    return _float64(put(args))
+
+
+@_there
 def two_sided(w_IO, rank: int, gram, over: str, grad, damping: float, mean_I=None, least=1e-30):
     """(v_IK, u_KO, spectrum) of `factorize.factor` with a metric, balanced, read-only; or None.
 
@@ -160,6 +258,7 @@ def two_sided(w_IO, rank: int, gram, over: str, grad, damping: float, mean_I=Non
     below which there is nothing to find.
     """
     with jax.enable_x64(True):
+        w_IO, gram, grad, mean_I = _widened(w_IO, gram, grad, mean_I)
         for cholesky in (True, False) if damping else (False,):
             v, u, spectrum, units = _two_sided(w_IO, gram, grad, mean_I, damping, over, cholesky)
             if not (np.asarray(units) > least).all():
@@ -170,9 +269,8 @@ def two_sided(w_IO, rank: int, gram, over: str, grad, damping: float, mean_I=Non
     return None
 
 
-@functools.partial(jax.jit, static_argnames=("ridge", "blend"))
-def _anchored(w_IO, gram_II, drift, mean_I, shift, bias_O, grad, ridge: float, blend: float):
-    w_IO, gram_II, drift = (a.astype(jnp.float64) for a in (w_IO, gram_II, drift))
+@jax.jit
+def _anchored(w_IO, gram_II, drift, mean_I, shift, bias_O, grad, ridge, blend):
     wide = drift.shape[1] != w_IO.shape[1]
     c_II = gram_II
     if bias_O is not None:
@@ -189,17 +287,21 @@ def _anchored(w_IO, gram_II, drift, mean_I, shift, bias_O, grad, ridge: float, b
     ok = (least > 0) & jnp.isfinite(target_IO).all()
     if not wide:
         return target_IO, target_IO.T @ gram_II @ target_IO, bias_O, grad, ok
-    grad = None if grad is None else t_II @ grad.astype(jnp.float64) @ t_II.T
+    grad = None if grad is None else t_II @ grad @ t_II.T
     return target_IO, gram_II, bias_O, grad, ok
 
 
+@_there
 def anchored(w_IO, gram_II, drift, mean_I, shift, bias_O, grad, ridge: float, blend: float):
     """(kernel_IO, gram, bias_O, grad) of `factorize.anchored`, left on the device; or None."""
-    if bias_O is not None:
-        bias_O, mean_I, shift = (np.asarray(a, np.float64) for a in (bias_O, mean_I, shift))
+    means = (None, None, None) if bias_O is None else (mean_I, shift, bias_O)
     with jax.enable_x64(True):
-        *found, ok = _anchored(w_IO, gram_II, drift, mean_I, shift, bias_O, grad, ridge, blend)
+        args = _widened(w_IO, gram_II, drift, *means, grad)
+        *found, ok = _anchored(*args, ridge, blend)
         if not bool(ok):
             return None
     kernel_IO, gram, bias_O, grad = found
     return kernel_IO, gram, None if bias_O is None else np.asarray(bias_O), grad
+
+
+_BY_NAME = {"two_sided": two_sided, "anchored": anchored}

@@ -12,6 +12,7 @@ there is an accelerator it does the large ones (`device`).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -70,8 +71,10 @@ def factor(
     if found is not None and not centred and (found[2][:rank] > floor * found[2][0]).all():
         bias_O = None if bias_O is None else np.asarray(bias_O, np.float64)
         return Factors(*found[:2], bias_O, found[2])
-    by_rows = gram is not None and over == "outputs"
-    w_IO = np.asarray(kernel_IO, None if by_rows else np.float64)
+    one_sided = found is None and grad is None
+    by_outputs = gram is not None and over == "outputs"
+    pieces = by_outputs or (one_sided and kernel_IO.shape[0] < kernel_IO.shape[1])
+    w_IO = np.asarray(kernel_IO, None if pieces else np.float64)
     if gram is not None:
         gram = np.asarray(gram, np.float64)
         gram = (gram + gram.T) / 2
@@ -80,31 +83,20 @@ def factor(
         gram = gram - np.outer(mean, mean)
     if found is not None:
         v_IK, u_KO, spectrum = found
-    elif grad is None:
-        q_OK, spectrum = _basis(w_IO, rank, gram, over)
-        v_IK, u_KO = _times(w_IO, q_OK), q_OK.T
-    else:
+    elif not one_sided:
         v_IK, u_KO, spectrum = _two_sided(w_IO, rank, gram, over, np.asarray(grad), damping)
         if not spectrum[0]:  # the loss does not feel this map: keep what the activations say
-            q_OK, _ = _basis(w_IO, rank, gram, over)
-            v_IK, u_KO = _times(w_IO, q_OK), q_OK.T
-    known = int(np.sum(spectrum[:rank] > floor * spectrum[0])) if spectrum[0] else rank
-    if gram is not None and known < rank:
-        v_IK, u_KO = v_IK[:, :known], u_KO[:known]
-        if len(w_IO) < w_IO.shape[1]:
-            rest_OK = _rest(w_IO, v_IK, u_KO, rank - known)
-        else:
-            rest_OK = eigh(sum(b.T @ b for _, b in _blocks(w_IO, v_IK, u_KO)))[1]
-            rest_OK = rest_OK[:, : rank - known]
-        if grad is None:
-            q_OK = np.empty((w_IO.shape[1], rank), order="F")  # LAPACK's own order: no copy
-            q_OK[:, :known], q_OK[:, known:] = u_KO.T, rest_OK
-            del rest_OK
-            q_OK = scipy.linalg.qr(q_OK, mode="economic", overwrite_a=True)[0]
-            v_IK, u_KO = _times(w_IO, q_OK), q_OK.T
-        else:
-            v_IK = np.hstack([v_IK, _times(w_IO, rest_OK, v_IK, u_KO)])
-            u_KO = np.vstack([u_KO, rest_OK.T])
+            v_IK, u_KO, _ = _one_sided(w_IO, rank, gram, over, floor)
+    else:
+        v_IK, u_KO, spectrum = _one_sided(w_IO, rank, gram, over, floor)
+    known = _known(spectrum, rank, gram, floor)
+    if known < rank and not one_sided:
+        v_IK = v_IK if v_IK.flags.writeable else v_IK.copy()
+        left = w_IO, v_IK[:, :known], u_KO[:known]
+        rest_OK = _rest(*left, rank - known)
+        for part, rows in _blocks(*left):  # in place: the factor of a table is gigabytes
+            v_IK[part, known:] = rows @ rest_OK
+        u_KO = np.vstack([u_KO[:known], rest_OK.T])
     v_IK, u_KO = balance(v_IK, u_KO, in_place=found is None)
     bias_O = None if bias_O is None else np.asarray(bias_O, np.float64)
     if centred:
@@ -266,55 +258,125 @@ def _two_sided(w_IO, rank: int, gram, over: str, grad, damping: float):
     return h_II @ fp_IK, fp_IK.T @ w_IO, unit * spectrum
 
 
-def _basis(w_IO: Array, rank: int, gram: Array | None, over: str) -> tuple[Array, Array]:
-    """Orthonormal output directions Q_OK in order of energy, and the full spectrum sigma^2."""
+def _one_sided(w_IO: Array, rank: int, gram: Array | None, over: str, floor: float):
+    """(v_IK, u_KO, spectrum) of the optimum in the identity: orthonormal output directions."""
     n_in, n_out = w_IO.shape
-    if over == "outputs" and gram is not None:
+    by_outputs = over == "outputs" and gram is not None
+    if n_out > n_in and not by_outputs:
+        columns = lambda part: np.asarray(w_IO[:, part], np.float64)  # noqa: E731
+        return long(columns, w_IO.shape, rank, gram, floor)
+    if by_outputs:
         spectrum, q_OO = eigh(gram)
-        return q_OO[:, :rank], spectrum[: min(n_in, n_out)]
-    f_II = None if gram is None else root(gram)
-    m_IO = w_IO if f_II is None else f_II.T @ w_IO
-    if n_out <= n_in:
+        spectrum = spectrum[: min(n_in, n_out)]
+    else:
+        m_IO = w_IO if gram is None else root(gram).T @ w_IO
         spectrum, q_OO = eigh(m_IO.T @ m_IO)
-        return q_OO[:, :rank], spectrum
-    spectrum, p_II = eigh(m_IO @ m_IO.T)
+        del m_IO
+    q_OK = q_OO[:, :rank]
+    known = _known(spectrum, rank, gram, floor)
+    if known < rank:
+        u_KO = q_OK[:, :known].T
+        rest_OK = _rest(w_IO, _times(w_IO, u_KO.T), u_KO, rank - known)
+        q_OK = _orthonormal(np.asfortranarray(np.hstack([u_KO.T, rest_OK])))
+    return _times(w_IO, q_OK), q_OK.T, spectrum
+
+
+def _known(spectrum: Array, rank: int, gram: Array | None, floor: float) -> int:
+    """How many of the first `rank` directions the activations tell apart from nothing."""
+    if gram is None or not spectrum[0]:
+        return rank
+    return int(np.sum(spectrum[:rank] > floor * spectrum[0]))
+
+
+def long(
+    columns: Callable[[slice], Array],
+    shape: tuple[int, int],
+    rank: int,
+    gram: Array | None = None,
+    floor: float = 1e-14,
+) -> tuple[Array, Array, Array]:
+    """(v_IK, u_KO, spectrum) in the identity of a map with O > I; u's rows are orthonormal.
+
+    columns(part): those columns of the map in float64. ROWS of them are held at a time, and of all
+    that is as long as the outputs only u as a whole: of a head of 50,000 words each is gigabytes.
+    """
+    q_OK, spectrum = _directions(columns, shape, rank, gram, floor)
+    v_IK = np.zeros((shape[0], q_OK.shape[1]))
+    for part in _parts(shape[1]):
+        v_IK += columns(part) @ q_OK[part]
+    return v_IK, q_OK.T, spectrum
+
+
+def _directions(columns, shape, rank: int, gram=None, floor=0.0) -> tuple[Array, Array]:
+    """(Q_OK, spectrum) of `long`; Q in Fortran's order."""
+    n_in, n_out = shape
+    rank, parts = min(rank, n_in), _parts(n_out)
+    square = lambda of: _square(map(of, parts), n_in)  # noqa: E731
+    f_II = None if gram is None else root(gram)
+    w_II = square(columns)
+    spectrum, p_II = eigh(w_II if gram is None else f_II.T @ w_II @ f_II)
+    known = _known(spectrum, rank, gram, floor)
+    p_IK = p_II[:, :known] if gram is None else f_II @ p_II[:, :known]
+    del f_II, p_II, w_II
+    q_OK = np.empty((n_out, rank), order="F")  # LAPACK's own order: what follows is in place
     # (6b) divides by sigma here; QR spans the same space in the same order without dividing, and
     # removes from the small directions what rounding leaked into them from the large ones.
-    a_OK = (p_II[:, :rank].T @ m_IO).T  # in LAPACK's own order, so that it needs no copy
-    del m_IO
-    return scipy.linalg.qr(a_OK, mode="economic", overwrite_a=True)[0], spectrum
+    for part in parts:
+        np.matmul(p_IK.T, columns(part), out=q_OK.T[:known, part])
+    if known < rank:  # the rest by plain SVD of what is left, behind the directions before it
+        first_OK = q_OK[:, :known]
+        first_OK[...] = _orthonormal(first_OK)
+        v_IK = sum(columns(part) @ first_OK[part] for part in parts)
+
+        def left(part):
+            rows = v_IK @ first_OK[part].T
+            return np.subtract(columns(part), rows, out=rows)
+
+        p_IK = eigh(square(left))[1][:, : rank - known]
+        for part in parts:
+            np.matmul(p_IK.T, left(part), out=q_OK.T[known:, part])
+    return _orthonormal(q_OK), spectrum
+
+
+def _parts(n: int) -> list[slice]:
+    return [slice(i, i + ROWS) for i in range(0, n, ROWS)]
+
+
+def _square(pieces: Iterable[Array], n: int) -> Array:
+    """Sum of a a^T over pieces [n, ..]."""
+    total = np.zeros((n, n))
+    for a in pieces:
+        total += a @ a.T
+    return total
+
+
+def _orthonormal(a_OK: Array) -> Array:
+    """Q of QR, in the place of `a_OK` where that is in Fortran's order."""
+    return scipy.linalg.qr(a_OK, mode="economic", overwrite_a=True, check_finite=False)[0]
 
 
 def _rest(w_IO: Array, v_IK: Array, u_KO: Array, rank: int) -> Array:
-    """Orthonormal output directions Q_OK of w - v u in order of energy, of a map with O > I.
-
-    ROWS columns at a time: of a head of 50,000 words each copy would be gigabytes.
-    """
+    """Orthonormal output directions Q_OK of w - v u in order of energy, ROWS at a time."""
     n_in, n_out = w_IO.shape
-    parts = [slice(i, i + ROWS) for i in range(0, n_out, ROWS)]
-    left = lambda part: w_IO[:, part] - v_IK @ u_KO[:, part]  # noqa: E731
-    gram_II = np.zeros((n_in, n_in))
-    for part in parts:
-        rows_IO = left(part)
-        gram_II += rows_IO @ rows_IO.T
-    p_IK = eigh(gram_II)[1][:, :rank]
-    a_OK = np.empty((n_out, rank), order="F")
-    for part in parts:
-        a_OK[part] = left(part).T @ p_IK
-    return scipy.linalg.qr(a_OK, mode="economic", overwrite_a=True)[0]
+    if n_in >= n_out:
+        return eigh(_square((b.T for _, b in _blocks(w_IO, v_IK, u_KO)), n_out))[1][:, :rank]
+
+    def left(part):
+        return w_IO[:, part] - v_IK @ u_KO[:, part]
+
+    return _directions(left, w_IO.shape, rank)[0]
 
 
 def _blocks(w_IO: Array, v_IK: Array | None = None, u_KO: Array | None = None):
     """(which rows, those of w - v u in float64), ROWS at a time."""
-    for i in range(0, len(w_IO), ROWS):
-        part = slice(i, i + ROWS)
+    for part in _parts(len(w_IO)):
         rows = np.asarray(w_IO[part], np.float64)
         yield part, rows if v_IK is None else rows - v_IK[part] @ u_KO
 
 
-def _times(w_IO: Array, p_OK: Array, v_IK: Array | None = None, u_KO: Array | None = None) -> Array:
-    """(w - v u) p in float64, without a float64 copy of w."""
+def _times(w_IO: Array, p_OK: Array) -> Array:
+    """w p in float64, without a float64 copy of w."""
     out_IK = np.empty((len(w_IO), p_OK.shape[1]))
-    for part, rows in _blocks(w_IO, v_IK, u_KO):
+    for part, rows in _blocks(w_IO):
         np.matmul(rows, p_OK, out=out_IK[part])
     return out_IK

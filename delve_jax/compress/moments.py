@@ -13,17 +13,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import models
-from ..config import DelveError, ParentConfig
-from ..models.linear import HIGHEST, lookup, wide
+from ..config import DelveError
 from . import behind, device
+from .passes import programs, watching
 
 TOKENS = 8192  # of a batch at most: float32 sums over more lose digits that eigh needs
 BATCH_BYTES = 2**28  # of the widest activation of a batch
@@ -120,127 +118,46 @@ def normalise(sums: dict, over: str, where: str) -> Moments:
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=8)
-def _programs(cfg: ParentConfig, collections: tuple[str, ...]):
-    """The jitted pieces of a parent's passes; with "moments" in `collections` layers sow them."""
-    block = models.FAMILY[cfg.family].Block(cfg)
-
-    def context(x_BTD):
-        return models.FAMILY[cfg.family].context(cfg, x_BTD)[0]
-
-    @jax.jit
-    def embed(outer, tokens_BT):
-        return models.embed_tokens(cfg, outer, tokens_BT)
-
-    @jax.jit
-    def step(layer, x_BTD):
-        return models.block_apply(cfg, layer, x_BTD)
-
-    @jax.jit
-    def watch(layer, x_BTD):
-        x_BTD, sown = models.block_apply(cfg, layer, x_BTD, mutable=list(collections))
-        return x_BTD, sown["moments"]
-
-    @jax.jit
-    def back(layer, x_BTD, g_BTD):
-        ctx = context(x_BTD)
-
-        def run(x_BTD, bumps):
-            (x_BTD, _), sown = block.apply(
-                {"params": layer, "perturbations": bumps}, x_BTD, None, ctx,
-                mutable=list(collections),
-            )  # fmt: skip
-            return x_BTD, sown["moments"]
-
-        like = jax.eval_shape(
-            lambda: block.apply({"params": layer}, x_BTD, None, ctx, mutable=["perturbations"])[1]
-        )["perturbations"]
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
-        _, pull, sums = jax.vjp(run, x_BTD, zeros, has_aux=True)
-        g_BTD, g_maps = pull(g_BTD)
-        return g_BTD, _with_gradients(sums, g_maps, layer)
-
-    @jax.jit
-    def head_inputs(outer, x_BTD):
-        f_BTD = wide(models.final_features(cfg, outer, x_BTD))
-        gram = jnp.einsum("btd,bte->de", f_BTD, f_BTD, precision=HIGHEST)
-        return {"gram": gram, "abs": jnp.abs(f_BTD).sum((0, 1))}
-
-    @jax.jit
-    def head_back(outer, x_nD, key):
-        def logits_of(x):
-            return models.head_logits(cfg, outer, models.final_features(cfg, outer, x))
-
-        logits_nV, pull = jax.vjp(logits_of, x_nD)
-        # jax.random.categorical, whose argmax costs as much as all the rest of this on a CPU
-        z_nV = logits_nV + jax.random.gumbel(key, logits_nV.shape, logits_nV.dtype)
-        label_nV = (z_nV == z_nV.max(-1, keepdims=True)).astype(z_nV.dtype)
-        p_nV = jax.nn.softmax(logits_nV)
-        (g_nD,) = pull(p_nV - label_nV / label_nV.sum(-1, keepdims=True))  # ties share a label
-        return g_nD, p_nV.sum(0)
-
-    @jax.jit
-    def embed_back(outer, tokens_BT, g_BTD):
-        rows = lookup(outer["embed"], tokens_BT)
-
-        def rest(rows):  # RWKV normalises what it looks up
-            ln0 = outer.get("ln0")
-            return rows if ln0 is None else models.layer_norm(ln0, rows, cfg.norm_eps)
-
-        (g,) = jax.vjp(rest, rows)[1](g_BTD)
-        return jnp.einsum("btd,bte->de", g, g, precision=HIGHEST)
-
-    @jax.jit
-    def log_p(outer, x_nD):
-        features = models.final_features(cfg, outer, x_nD)
-        return jax.nn.log_softmax(models.head_logits(cfg, outer, features))
-
-    @jax.jit
-    def compare(log_t, log_s, label_n):
-        kl = (jnp.exp(log_t) * (log_t - log_s)).sum()
-        at_n = jnp.take_along_axis(log_s, jnp.maximum(label_n, 0)[:, None], 1)[:, 0]
-        return kl, -jnp.where(label_n < 0, 0.0, at_n).sum()
-
-    return SimpleNamespace(
-        embed=embed, step=step, watch=watch, back=back, head_inputs=head_inputs,
-        head_back=head_back, embed_back=embed_back, log_p=log_p, compare=compare,
-    )  # fmt: skip
-
-
-def _with_gradients(sums: dict, g: dict, params: dict) -> dict:
-    """The tree of sums with "grad": the Gram of g over the narrow side of each map."""
-    if "gram" in sums:
-        g_NO = wide(g["out"].reshape(-1, g["out"].shape[-1]))
-        n_in, n_out = params["kernel"].shape
-        side = g_NO @ wide(params["kernel"]).T if n_out > n_in else g_NO
-        return {**sums, "grad": jnp.matmul(side.T, side, precision=HIGHEST)}
-    return {name: _with_gradients(sub, g[name], params[name]) for name, sub in sums.items()}
-
-
 class Sweep:
     """One pass over a parent's layers for the calibration windows tokens_NT.
 
     source: `cfg`, `outer()` (everything but the layers) and `layer(i)`, read when asked for.
     inputs: whether Grams over the inputs are made of all maps too, or the names of those maps.
-    folder: where boundaries and gradients stand while the metric needs them; what is found there
-    from an earlier call (same parent, tokens and seed: the caller's business) is not made again.
+    folder: where boundaries and gradients stand while the metric needs them, and an accelerator has
+    no room for them; what is found there from an earlier call (same parent, tokens and seed: the
+    caller's business) is not made again.
     """
 
     def __init__(self, source, tokens_NT, folder: Path | None = None, *, inputs=False, seed=0):
         self.cfg, self.source, self.tokens, self.seed = source.cfg, source, tokens_NT, seed
         more = ["inputs"] if inputs is True else [f"inputs {name}" for name in inputs or ()]
-        self._run = _programs(self.cfg, ("moments", *more))
+        self._run = programs(self.cfg)
+        self._watch, self._back = watching(self.cfg, ("moments", *more))
         self.folder = folder
         cfg = self.cfg
         widest = max(getattr(cfg, "d_ffn", 0), 2 * getattr(cfg, "d_inner", 0), 3 * cfg.d_model)
         most = min(TOKENS, BATCH_BYTES // (4 * widest))
         self.rows = max(1, most // tokens_NT.shape[1])
         self._made = set()  # (kind, index) of files that this sweep wrote, or is about to
-        self._held: dict[tuple, jax.Array] = {}  # those that are still on the accelerator too
+        self._held: dict[tuple, jax.Array] = {}  # what is on the accelerator instead
+
+    def ahead(self) -> None:
+        """Have an accelerator compile what the passes with the metric run (`device.ahead`)."""
+        outer, layer = self.source.outer(), self.source.layer(0)
+        tokens_BT = np.zeros_like(self.tokens[: self.rows])
+        x_BTD = np.zeros((*tokens_BT.shape, self.cfg.d_model), np.float32)
+        x_nD = x_BTD.reshape(-1, self.cfg.d_model)[:HEAD_TOKENS]
+        self._run.step.ahead(layer, x_BTD)
+        self._run.embed.ahead(outer, tokens_BT)
+        self._run.head_back.ahead(outer, x_nD, jax.random.key(0), np.uint32(0))
+        self._back.ahead(layer, x_BTD, x_BTD)
+        self._run.head_inputs.ahead(outer, x_BTD)
+        self._run.log_p.ahead(outer, x_nD)
+        self._run.embed_back.ahead(outer, tokens_BT, x_BTD)
 
     def _batches(self, array) -> Iterator[jax.Array]:
         for i in range(0, len(array), self.rows):
-            yield jnp.asarray(array[i : i + self.rows])
+            yield device.put(array[i : i + self.rows])
             behind.give_back(array)
 
     def _embedded(self, outer: dict, tokens_NT) -> Iterator[np.ndarray]:
@@ -255,7 +172,7 @@ class Sweep:
             with jax.default_matmul_precision("highest"):
                 for i, x in enumerate(self._batches(x_NTD)):
                     at = i * self.rows
-                    x_NTD[at : at + self.rows], sown = self._run.watch(layer, x)
+                    x_NTD[at : at + self.rows], sown = self._watch(layer, x)
                     sums = add(sums, sown)
             yield index, _maps(_on_host(sums), layer, f"layer {index}, map ")
         yield "head", HeadMoments(*self._head_sums(x_NTD), None, None)
@@ -274,7 +191,7 @@ class Sweep:
     def boundaries(self, tick=lambda: None) -> None:
         """Run the parent forward and keep the input of every layer, and of the head, on disk."""
         for index in range(self.cfg.n_layers + 1):
-            if self._has("x", index):
+            if self.has("x", index):
                 continue
             with jax.default_matmul_precision("highest"):
                 if index:
@@ -288,14 +205,14 @@ class Sweep:
     def head(self, tick=lambda n: None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(E[f f^T], E|f|, mean prediction [V]); leaves the gradient at the last boundary."""
         L, outer = self.cfg.n_layers, self.source.outer()
-        x_NTD = self._load("x", L)
+        x_NTD, key = self._load("x", L), jax.random.key(self.seed)
         flat, total = x_NTD.reshape(-1, x_NTD.shape[-1]), 0.0
 
         def gradients():
             nonlocal total
             for i in range(0, len(flat), HEAD_TOKENS):
-                key = jax.random.fold_in(jax.random.key(self.seed), i)
-                g, p_V = self._run.head_back(outer, jnp.asarray(flat[i : i + HEAD_TOKENS]), key)
+                x_nD = jnp.asarray(flat[i : i + HEAD_TOKENS])
+                g, p_V = self._run.head_back(outer, x_nD, key, np.uint32(i))
                 total = total + np.asarray(p_V, np.float64)
                 tick(len(g))
                 yield g
@@ -312,7 +229,7 @@ class Sweep:
         def gradients():
             nonlocal sums
             for x, g in zip(self._batches(x_NTD), self._batches(g_NTD), strict=True):
-                g, sown = self._run.back(layer, x, g)
+                g, sown = self._back(layer, x, g)
                 sums = add(sums, sown)
                 yield g
 
@@ -344,7 +261,7 @@ class Sweep:
         moving = [Student(), *(s for s in students if not s.late)]  # the parent first
         shape = (len(moving), *tokens_NT.shape, self.cfg.d_model)
         behind.wait()
-        start = max((i for i in range(L + 1) if self._has(kind, i)), default=-1)
+        start = max((i for i in range(L + 1) if self.has(kind, i)), default=-1)
         with jax.default_matmul_precision("highest"):
             if start < 0:
                 top = self.source.outer()
@@ -394,8 +311,10 @@ class Sweep:
     def _file(self, kind: str, index: int) -> Path:
         return self.folder / f"{kind}-{index:04d}.npy"
 
-    def _has(self, kind: str, index: int) -> bool:
-        return (kind, index) in self._made or self._file(kind, index).exists()
+    def has(self, kind: str, index: int) -> bool:
+        """Whether an array is there: "x" what goes into a layer (or the head), "g" its gradient."""
+        place = kind, index
+        return place in self._held or place in self._made or self._file(kind, index).exists()
 
     def _load(self, kind: str, index: int) -> np.ndarray | jax.Array:
         if (kind, index) in self._held:
@@ -412,19 +331,18 @@ class Sweep:
     def _keep(self, kind: str, index: int, shape: tuple[int, ...], parts: Iterator) -> None:
         """Write an array as its parts are made: no more than one of them is in memory.
 
-        An accelerator goes on meanwhile, and holds the array as long as it has room.
+        An accelerator holds it instead as long as it has room: a killed run makes it again, which
+        takes less time there than to write it.
         """
-        file = self._file(kind, index)
+        file, size = self._file(kind, index), 4 * int(np.prod(shape))
         if not device.on():
             behind.write_parts(file, shape, parts)
-            return
-        parts, size = [*map(behind.leaving, parts)], 4 * int(np.prod(shape))
-        while self._held and size + sum(a.nbytes for a in self._held.values()) > device.room():
-            del self._held[next(iter(self._held))]
-        if size <= device.room():
+        elif size + sum(a.nbytes for a in self._held.values()) <= device.room():
+            parts = [*map(device.put, parts)]
             self._held[kind, index] = jnp.concatenate(parts).astype(jnp.float32).reshape(shape)
-        self._made.add((kind, index))
-        behind.do(behind.write_parts, file, shape, parts)
+        else:
+            self._made.add((kind, index))
+            behind.do(behind.write_parts, file, shape, [*map(behind.leaving, parts)])
 
 
 def _maps(sums: dict, params: dict, where: str, path: str = "") -> dict[str, Moments]:

@@ -165,12 +165,27 @@ class Spectra:
             inputs = how.inputs or mlp[-1:]
             self.sweep = Sweep(source, tokens_NT, self.folder, inputs=inputs, seed=seed)
         self.bar = functools.partial(metrics.progress, unit="layer", hide=not progress)
-        self._kept = (None, {})  # the factors read last: candidates of one map come together
+        self._kept = {}  # the factors read last: candidates of one map come together
         windows = None if tokens_NT is None else hashlib.sha256(tokens_NT.tobytes()).hexdigest()
+        if device.on() and how.metric and self._missing():
+            self._ahead()
         with self.bar(self.cfg.n_layers + 1, "read the weights") as bar:
             parent = fingerprint(source, bar.update)
         self._claim({**key, "seed": seed, "parent": parent, "tokens": windows})
         self._make()
+
+    def _ahead(self) -> None:
+        """Have the programs of the passes and of the closed form compiled, all at the same time."""
+        self.sweep.ahead()
+        layer, outer = self.source.layer(0), self.source.outer()
+        leaves = [at(layer, m.name) for m in self.body]
+        leaves += [outer[m.name] for m in self.tables if m.name == "embed"]
+        for (n_in, n_out), biased in {(a["kernel"].shape, "bias" in a) for a in leaves}:
+            over, eye = ("inputs" if n_out > n_in else "outputs"), np.eye(min(n_in, n_out))
+            if device.takes(len(eye)):
+                w_IO, mean_I = np.zeros((n_in, n_out), np.float32), np.zeros(n_in)
+                device.ahead("two_sided", w_IO, 1, eye, over, eye, factorize.DAMPING,
+                             mean_I if biased else None)  # fmt: skip
 
     def _claim(self, key: dict) -> None:
         """Refuse a folder that was made from something else, or by another version."""
@@ -182,9 +197,13 @@ class Spectra:
                              "version; remove it or name another folder")  # fmt: skip
         file.write_text(text)
 
+    def _missing(self) -> list[int]:
+        """Layers without factors."""
+        return [i for i in range(self.cfg.n_layers) if not self._file(i).exists()]
+
     def _make(self) -> None:
         L = self.cfg.n_layers
-        missing = [i for i in range(L) if not self._file(i).exists()]
+        missing = self._missing()
         whole = all(self._file(m.name).exists() for m in self.tables)
         if not missing and whole and (not self.how.metric or self._file("lookups").exists()):
             return
@@ -206,21 +225,28 @@ class Spectra:
 
     def _two_sided(self, missing: list[int]) -> HeadMoments:
         """Forward once, keeping boundaries; then from the head back to the first layer."""
-        done = self._file("moments")
-        if not done.exists():
+        L, done, lookups = self.cfg.n_layers, self._file("moments"), self._file("lookups")
+        if not missing and done.exists() and lookups.exists():
+            return self.head()
+        # the way back goes on from here; an accelerator that was stopped has forgotten it
+        top = max(missing, default=-1) + 1
+        there = self.sweep.has("g", top) and all(self.sweep.has("x", i) for i in missing)
+        if not (done.exists() and there):
             with self.bar(self.cfg.n_layers + 1, "forward") as bar:
                 self.sweep.boundaries(bar.update)
             with self.bar(self.tokens.size, "head", unit="token") as bar:
                 gram, abs_D, mean_p_V = self.sweep.head(bar.update)
             behind.do(write_arrays, done, gram=gram, abs=abs_D, p=mean_p_V)
-        with self.bar(self.cfg.n_layers, "back, factors") as bar:
-            bar.update(self.cfg.n_layers - len(missing))
-            for i in reversed(missing):
-                self._layer(i, self.sweep.layer(i))
+        with self.bar(L, "back, factors") as bar:
+            for i in reversed(range(L)):
+                if i in missing:
+                    self._layer(i, self.sweep.layer(i))
+                elif not there:
+                    self.sweep.layer(i)  # for the gradient at its input
                 self.sweep.drop(i)
                 bar.update()
-        if not self._file("lookups").exists():
-            behind.do(write_arrays, self._file("lookups"), grad=self.sweep.embed_grad())
+        if not lookups.exists():
+            behind.do(write_arrays, lookups, grad=self.sweep.embed_grad())
         behind.wait()
         return self.head()
 
@@ -281,13 +307,18 @@ class Spectra:
 
     def factors(self, name: str, layer: int, rank: int, kernel_IO=None) -> Factors:
         """Factors of a map at a rank, as a slice; bias_O is what to ADD to its bias (or None)."""
-        if self._kept[0] != (name, layer):
-            self._kept = (None, {})  # two tables' factors at once are a gigabyte
+        if (name, layer) not in self._kept:
+            # two tables' factors at once are a gigabyte; an accelerator waits for what is read
+            same = device.on() and name not in TABLES
+            self._kept = {
+                key: a for key, a in self._kept.items()
+                if same and key[1] == layer and key[0] not in TABLES
+            }  # fmt: skip
             with np.load(self._file(name if name in TABLES else layer)) as file:
                 of_map = [key for key in file.files if key.startswith(f"{name}:")]
                 arrays = {key.removeprefix(f"{name}:"): file[key] for key in of_map}
-            self._kept = ((name, layer), arrays)
-        kept = self._kept[1]
+            self._kept[name, layer] = arrays
+        kept = self._kept[name, layer]
         v, u, shift = kept["v"][:, :rank], kept["u"][:rank], None
         if "mean" in kept:
             shift = kept["mean"] @ np.asarray(kernel_IO, np.float64) - (kept["mean"] @ v) @ u

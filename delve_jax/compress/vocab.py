@@ -11,7 +11,7 @@ import numpy as np
 from scipy.linalg import block_diag
 
 from . import device
-from .factorize import DAMPING, ROWS, Array, Factors, balance, damped, factor
+from .factorize import DAMPING, ROWS, Array, Factors, balance, damped, factor, long
 
 SMOOTH = 1e-6  # added to every frequency: about what an unseen word of a 50k vocabulary has
 # Weights are p^0.75: a rare word's error costs more than its frequency says. On the RWKV proxy at
@@ -58,14 +58,23 @@ def factor_head(kernel_DV: Array, gram_DD: Array, w_V: Array, rank: int) -> Fact
     softmax sees, and a large useless direction goes. What is left is the optimum for the metric
     diag(w) - w w^T; w_V are weights of the words, best from the mean prediction.
     """
-    w_DV = np.array(kernel_DV, np.float64)  # in place from here on: it may be gigabytes
     s_V = np.sqrt(w_V)
-    w_DV -= (w_DV @ w_V)[:, None]
-    w_DV *= s_V
-    fit = factor(w_DV, rank, gram_DD, over="inputs")
-    del w_DV
-    v_DK, u_KV = balance(fit.v_IK, np.divide(fit.u_KO, s_V, out=fit.u_KO), in_place=True)
-    return fit._replace(v_IK=v_DK, u_KO=u_KV)
+    mean_D = np.zeros(len(kernel_DV))
+    for i in range(0, len(w_V), ROWS):
+        mean_D += np.asarray(kernel_DV[:, i : i + ROWS], np.float64) @ w_V[i : i + ROWS]
+
+    def columns(part):  # the map as a whole would be gigabytes in float64
+        rows_DV = np.array(kernel_DV[:, part], np.float64)
+        rows_DV -= mean_D[:, None]
+        rows_DV *= s_V[part]
+        return rows_DV
+
+    if kernel_DV.shape[0] < len(w_V):
+        v_DK, u_KV, spectrum = long(columns, kernel_DV.shape, rank, gram_DD)
+    else:
+        v_DK, u_KV, _, spectrum = factor(columns(slice(None)), rank, gram_DD, over="inputs")
+    v_DK, u_KV = balance(v_DK, np.divide(u_KV, s_V, out=u_KV), in_place=True)
+    return Factors(v_DK, u_KV, None, spectrum)
 
 
 def factor_tied(

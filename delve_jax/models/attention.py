@@ -39,22 +39,23 @@ def attend(q_BTHh, k_BTGh, v_BTGh, state, ctx):
     """Causal attention over this call's tokens and the caches -> (y_BTHh, caches or None).
 
     The caches are those of all layers, written where `ctx["layer"]` says: a token's step moves what
-    it adds and reads, not the caches.
+    it adds and reads, not the caches. Where they are known to be empty (index is the number 0, not
+    an array) a prompt is a causal text: keys after a block of queries are left out.
     """
     q, k_BTGh = rotary(q_BTHh, ctx), rotary(k_BTGh, ctx)
     k, v = jnp.moveaxis(k_BTGh, 1, 2), jnp.moveaxis(v_BTGh, 1, 2)
-    if state is not None:
-        layer, zero = ctx["layer"], jnp.int32(0)
-        at = (layer, zero, zero, ctx["index"], zero)
-        state = {
-            name: lax.dynamic_update_slice(state[name], new[None].astype(state[name].dtype), at)
-            for name, new in (("k", k), ("v", v))
-        }
-        k, v = (
-            lax.dynamic_index_in_dim(state[name], layer, keepdims=False).astype(q.dtype)
-            for name in ("k", "v")
-        )
-    return weighted(q, k, v, ctx["mask_B1TS"], causal=state is None), state
+    if state is None:
+        return weighted(q, k, v, ctx["mask_B1TS"], causal=True), None
+    layer, zero = ctx["layer"], jnp.int32(0)
+    at = (layer, zero, zero, jnp.int32(ctx["index"]), zero)
+    new = {name: a.astype(state[name].dtype) for name, a in (("k", k), ("v", v))}
+    state = {n: lax.dynamic_update_slice(state[n], new[n][None], at) for n in new}
+    empty = isinstance(ctx["index"], int)
+    seen = {n: new[n] if empty else lax.dynamic_index_in_dim(state[n], layer, keepdims=False)
+            for n in new}  # fmt: skip
+    k, v = (seen[n].astype(q.dtype) for n in ("k", "v"))
+    mask_B1TS = ctx["mask_B1TS"][..., : k.shape[2]]
+    return weighted(q, k, v, mask_B1TS, causal=empty, impl="blocks"), state
 
 
 def choice(dtype, impl: str | None = None) -> str:
@@ -203,7 +204,7 @@ def angles_and_mask(freq, x_BTD, mask_BT, state, segments_BT) -> tuple[dict, dic
         valid_BS = lax.dynamic_update_slice_in_dim(state["valid_BS"], written, index, axis=1)
         S = valid_BS.shape[1]
         pos_B = state["pos_B"] + written.sum(1, dtype=jnp.int32)
-        book = {"index": index + T, "pos_B": pos_B, "valid_BS": valid_BS}
+        book = {"index": jnp.int32(index + T), "pos_B": pos_B, "valid_BS": valid_BS}
     visible_BTS = (jnp.arange(S)[None, :] <= row_T[:, None])[None] & valid_BS[:, None]
     if segments_BT is not None:
         visible_BTS &= segments_BT[:, :, None] == segments_BT[:, None]

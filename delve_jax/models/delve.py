@@ -143,8 +143,9 @@ def traced(
 ):  # fmt: skip
     """`features` and what was on the way -> (f, state, {"h": {name: h_SBTD}, "ffn": {name: [S]}}).
 
-    h_SBTD: the stream at the end of each of the S superblocks, as the hub then reads it ("h" is
-    None unless `trace`). ffn: share of the tokens whose FFNs run, of streams with routers.
+    Every stream's layers, and the hub's S - 1 sync points, are stacks or (`lm.layers_apart`)
+    tuples. h_SBTD: the stream at the end of each of the S superblocks, as the hub then reads it
+    ("h" is None unless `trace`). ffn: share of the tokens whose FFNs run, of streams with routers.
     """
     S, streams = cfg.n_superblocks, whole(cfg, params)
     h, ctx, book, layers, caches, bounds = {}, {}, {}, {}, {}, {}
@@ -175,18 +176,29 @@ def traced(
         return (h, caches), {"h": h if trace else None, "ffn": share}
 
     hubs = params.get("hub")
-    if S > 1 and all(sub.n_layers % S == 0 for _, sub in cfg.streams):
-        split = lambda a: a.reshape(S, a.shape[0] // S, *a.shape[1:])  # noqa: E731
+    tuples = isinstance(layers[cfg.names[0]], tuple)
+    if S > 1 and not tuples and all(sub.n_layers % S == 0 for _, sub in cfg.streams):
+        # one layer a superblock: XLA would copy a whole stack to give it an axis of length 1
+        lone = {n for n, sub in cfg.streams if sub.n_layers == S}
+        split = lambda a: a if len(a) == S else a.reshape(S, len(a) // S, *a.shape[1:])  # noqa: E731
+
+        def scanned(carry, slot):
+            hub_p, layers_s, first = slot
+            layers_s = {n: (p,) if n in lone else p for n, p in layers_s.items()}
+            return superblock(carry, (hub_p, layers_s, first))
+
         # a zero hub before superblock 0 adds exactly nothing and keeps one body for the scan
         hubs = jax.tree.map(lambda a: jnp.concatenate([jnp.zeros_like(a[:1]), a]), hubs)
         every = jnp.arange(S, dtype=jnp.int32)
         first = {n: every * (sub.n_layers // S) for n, sub in cfg.streams}
         slots = (hubs, jax.tree.map(split, layers), first)
-        (h, caches), way = lax.scan(superblock, (h, caches), slots)
+        (h, caches), way = lax.scan(scanned, (h, caches), slots)
     else:
         parts = []
+        if hubs and not tuples:
+            hubs = [jax.tree.map(operator.itemgetter(s), hubs) for s in range(S - 1)]
         for s in range(S):
-            hub_p = jax.tree.map(operator.itemgetter(s - 1), hubs) if s else None
+            hub_p = hubs[s - 1] if s and hubs else None
             layers_s = {n: _rows(layers[n], *bounds[n][s : s + 2]) for n in cfg.names}
             first = {n: bounds[n][s] for n in cfg.names}
             (h, caches), part = superblock((h, caches), (hub_p, layers_s, first))
@@ -200,7 +212,9 @@ def traced(
 
 
 def _rows(tree, start: int, stop: int):
-    """Layers start..stop-1 of a stacked tree."""
+    """Layers start..stop-1 of a stacked tree, or of a tuple of them."""
+    if isinstance(tree, tuple):
+        return tree[start:stop]
     return jax.tree.map(lambda a: a[start:stop], tree)
 
 
