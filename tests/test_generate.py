@@ -194,3 +194,19 @@ def test_layers_of_a_delve_apart_give_the_same_tokens(name, randomised, monkeypa
     if "hub" in params:
         rows_of(parted["hub"], params["hub"], cfg.n_superblocks - 1)
     same_tokens_apart(cfg, params, monkeypatch)
+
+
+@pytest.mark.parametrize("cfg", FAMILIES, ids=lambda cfg: cfg.family)
+def test_a_prompt_is_read_alike_where_caches_are_known_to_be_empty(cfg, randomised):
+    """Left-padded, longer than a block of queries: features, and all that later tokens see."""
+    T, real = 150, np.arange(150) >= np.array([[0], [40]])
+    tokens_BT = np.random.default_rng(0).integers(0, 40, (2, T))
+    params, state = randomised(cfg, 1), models.init_state(cfg, 2, T + 10)
+    read = jax.jit(lambda p, s: models.features(cfg, p, tokens_BT, s, real))
+    known = jax.jit(lambda p, s: models.features(cfg, p, tokens_BT, lm_module._empty(s), real))
+    (want, after), (got, then) = read(params, state), known(params, state)
+    np.testing.assert_allclose(got[real], want[real], rtol=0, atol=2e-5)
+    assert jax.tree.structure(then) == jax.tree.structure(after)
+    last = np.full((2, 1), 7)
+    step = jax.jit(lambda p, s: models.forward(cfg, p, last, s)[0])
+    np.testing.assert_allclose(step(params, then), step(params, after), rtol=0, atol=2e-5)

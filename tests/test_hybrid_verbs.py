@@ -74,11 +74,11 @@ def in_two_processes(*argv) -> None:
 
 
 def test_two_processes_heal_a_hybrid(place, tmp_path):
-    """With teachers, to the end: the facts of it are read by one of them, which waits for nobody.
+    """To the end: the facts of it are read by one of them, which waits for nobody.
 
     (That two compute what one does: tests/test_faults.py.)
     """
-    flags = ("--data", place / "fit.txt", *HEAL, "--mesh", "data=2")
+    flags = ("--data", place / "fit.txt", *HEAL, "--mesh", "data=2", "--objective", "ce")
     in_two_processes("heal", place / "fused", tmp_path / "two", *flags)
     losses = [
         row["loss"] for row in read_metrics(tmp_path / "two" / "metrics.jsonl") if "loss" in row

@@ -8,7 +8,8 @@ What the attention families still lose is in XLA's CPU products: forward
 ones run at 0.85 to 0.95 of PyTorch's rate, those for weight gradients at 0.7 and the small batched
 ones of attention at 0.5 (512 rows, d 512). Tried beside the plain step, neox 2 x 256: weight
 gradients from a transposed copy, the scan over layers unrolled, both, malloc without mmap, XLA's
-oneDNN products (--xla_cpu_use_onednn): none made a step faster by over 2 %.
+oneDNN products (--xla_cpu_use_onednn): none made a step faster by over 2 %. Nor did its YNNPACK
+products (--xla_cpu_experimental_ynn_fusion_type) or jax 0.11.2, beyond the noise of this machine.
 --gpu: both sides on one GPU, activations in bfloat16 and weights in float32 as both projects' users
 train there (PyTorch by autocast), 8 rows. transformers' mamba and rwkv without their CUDA kernels.
 """
