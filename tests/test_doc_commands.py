@@ -24,7 +24,7 @@ from test_docs import FENCE, PAGES, ROOT, commands, lines_of
 from test_downstream import files as downstream_files
 
 from delve_jax import cli, data, parents, presets, sweep
-from delve_jax.config import MambaConfig, NeoxConfig, RwkvConfig
+from delve_jax.config import NeoxConfig, RwkvConfig
 
 # ---- the tables ----------------------------------------------------------------------------------
 
@@ -77,7 +77,6 @@ ELSEWHERE = (
 
 SHARED = dict(vocab_size=300, vocab_rows=300, d_model=16, context_length=32, n_layers=1)
 FAMILIES = {
-    "mamba": MambaConfig(**SHARED, d_inner=32, dt_rank=2, tie_embeddings=True),
     "rwkv": RwkvConfig(**SHARED, d_att=16, d_ffn=32),
     "neox": NeoxConfig(**SHARED, n_heads=2, d_ffn=32),
 }
@@ -95,28 +94,21 @@ def stand_ins(tmp_path_factory, randomised) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("stand-ins")
     documents = [d[:1500] for d in data.stdlib_documents()[:48]]
     tokenizer = data.train_bpe(documents, 300)
-    texts = {"train.txt": documents[:24], "calibrate.txt": documents[24:36],
-             "held_back.txt": documents[36:40], "text.txt": documents[40:]}  # fmt: skip
-    for name, part in texts.items():
+    texts = {"held_back.txt": documents[36:40], "text.txt": documents[40:]}
+    for name, part in {"train.txt": documents[:24], **texts}.items():
         (root / name).write_text("\n<|endoftext|>\n".join(part))
     rows = "".join(json.dumps({"text": d}) + "\n" for d in documents[:24])
     (root / "corpus.jsonl.zst").write_bytes(zstandard.compress(rows.encode()))
-    hubs = {"state-spaces/mamba-370m-hf": "mamba", "RWKV/rwkv-4-430m-pile": "rwkv",
-            "EleutherAI/pythia-410m-deduped": "neox"}  # fmt: skip
-    for i, (name, family) in enumerate(hubs.items()):
-        cfg = FAMILIES[family]
-        params = jax.tree.map(lambda a: np.asarray(a, np.float32), randomised(cfg, i))
-        parents.export_stock(cfg, params, root / name, tokenizer)
-    _, rwkv, neox = (root / name for name in hubs)
     out = root / "out"
+    for i, name in enumerate(("rwkv", "neox")):
+        params = jax.tree.map(lambda a: np.asarray(a, np.float32), randomised(FAMILIES[name], i))
+        parents.export_stock(FAMILIES[name], params, root / name, tokenizer)
+        run("compress", root / name, root / f"{name}-small", "--keep", 0.5, "--method", "svd")
+    neox = root / "neox"
     run("convert", neox, out / "pythia")
-    for share in ("0.3", "0.5"):
-        for src, name in ((rwkv, "rwkv"), (neox, "pythia")):
-            run("compress", src, root / share / name, "--keep", share, "--method", "svd")
-        run("fuse", root / share / "rwkv", root / share / "pythia", out / f"fused-{share}")
-    shutil.copytree(root / "0.5" / "pythia", out / "pythia-small")
-    for name in ("fused", "healed"):
-        shutil.copytree(out / "fused-0.5", out / name)
+    shutil.copytree(root / "neox-small", out / "pythia-small")
+    run("fuse", root / "rwkv-small", root / "neox-small", out / "fused")
+    shutil.copytree(out / "fused", out / "healed")
     run("data", "prepare", root / "train.txt", out / "tokens", "--tokenizer", neox)
     for name in ("out/code", "TOKENS"):
         shutil.copytree(out / "tokens", root / name)
@@ -131,10 +123,9 @@ def stand_ins(tmp_path_factory, randomised) -> dict[str, Path]:
     winners, pool = downstream_files(root)
     shutil.move(winners, root / "winners.csv")
     shutil.move(pool, out / "pool" / "mmlu.csv")
-    names = [*texts, *hubs, "corpus.jsonl.zst", "mmlu.jsonl", "points.csv", "winners.csv", "TOKENS",
-             "out/pythia", "out/pythia-small", "out/fused", "out/fused-0.3", "out/fused-0.5",
-             "out/healed", "out/tokens", "out/code", "out/ladder/points.csv", "out/pool/mmlu.csv",
-             ]  # fmt: skip
+    names = [*texts, "corpus.jsonl.zst", "mmlu.jsonl", "points.csv", "winners.csv", "TOKENS",
+             "out/pythia", "out/pythia-small", "out/fused", "out/healed", "out/tokens", "out/code",
+             "out/ladder/points.csv", "out/pool/mmlu.csv"]  # fmt: skip
     (root / "toy.json").write_text(json.dumps(TOY))
     return {name: root / name for name in names}
 
