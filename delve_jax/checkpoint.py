@@ -126,13 +126,19 @@ def _write_sums(path: Path) -> None:
     (path / SUMS).write_text(json.dumps(sums), encoding="utf-8")
 
 
-def _check_sums(path: Path) -> None:
-    """DelveError naming the first file that is missing or not what was written."""
+def _check_sums(path: Path, arrays: list[str] | None = None) -> None:
+    """DelveError naming the first file that is missing or not what was written.
+
+    arrays: of the tree, whose files alone are compared (None: all files).
+    """
     if not (path / SUMS).is_file():
         if not path.is_dir():
             raise DelveError(f"{path}: no such directory; {path.parent} is no checkpoint")
         raise DelveError(f"{path}: damaged checkpoint, make it again (it has no {SUMS})")
     sums = read_json(path / SUMS)
+    if arrays is not None:
+        folders = tuple(f"{_folder(name)}/" for name in arrays)
+        sums = {name: was for name, was in sums.items() if name.startswith(folders)}
     with ThreadPoolExecutor(4) as pool:
         found = pool.map(lambda n: _crc(path / n) if (path / n).is_file() else None, sums)
         for name, was in zip(sums, found, strict=True):
@@ -357,17 +363,24 @@ def restore_part(src: str | Path, name: str):
     """
     path, part = _params_of(Path(src))
     tree = part({name: part(_read_abstract(path))[name]}, wrap=True)
-    keys, form = jax.tree_util.tree_flatten_with_path(tree)
-    try:  # not worth comparing the sums of every file
-        arrays = [_opened(path, parallel.path_of(key)).read().result() for key, _ in keys]
+    leaves, form = jax.tree_util.tree_flatten_with_path(tree)
+    names = [parallel.path_of(key) for key, _ in leaves]
+    _check_sums(path, names)  # a chunk without a file would be read as zeros
+    try:
+        arrays = [_opened(path, name).read().result() for name in names]
     except (ValueError, OSError) as err:
         raise DelveError(f"{path}: damaged checkpoint, make it again ({_one_line(err)})") from None
     return part(jax.tree.unflatten(form, arrays))[name]
 
 
+def _folder(name: str) -> str:
+    """Where Orbax has the array "pool/a" of a tree."""
+    return name.replace("/", ".")
+
+
 def _opened(path: Path, name: str):
-    """An array of a tree, "params/pool/a", as Orbax has it in the files, opened to read."""
-    file = {"driver": "file", "path": str((path / name.replace("/", ".")).absolute())}
+    """An array of a tree by its name, opened to read."""
+    file = {"driver": "file", "path": str((path / _folder(name)).absolute())}
     return tensorstore.open({"driver": "zarr", "kvstore": file}, read=True).result()
 
 

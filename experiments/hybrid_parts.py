@@ -27,7 +27,7 @@ from delve_jax.models import delve, elastic
 from delve_jax.train.objective import Terms
 
 N = int(1.25 * hybrid.LARGEST)
-ELASTIC = 0.35  # least share of the ranks under rank-drop; half of N needs 0.37
+ELASTIC = (0.4, 0.35)  # least share of the ranks under rank-drop; half of N needs 0.37
 SKIP = 0.5  # a router's weight below which a token does without an FFN, as `fuse --ffn-skip` says
 
 # cell: (what is built, how it is healed)
@@ -49,7 +49,8 @@ CELLS = {
     "joints lr x5": ({}, {"joints_lr": 5.0}),
     "hybrid stages": ({}, {"stages": "hybrid"}),
     "alone": ({}, {"terms": Terms(ce=0.0, kl=0.0, streams=1.0), "trains": "experts"}),
-    "elastic": ({}, {"terms": Terms(rank_drop=ELASTIC)}),
+    "elastic": ({}, {"terms": Terms(rank_drop=ELASTIC[0])}),
+    f"elastic, {ELASTIC[1]}": ({}, {"terms": Terms(rank_drop=ELASTIC[1])}),
     "half": ({"N": N // 2}, {}),
     **{f"lr {lr:g}": ({}, {"lr": lr}) for lr in (1e-3, 4e-3)},
     **{f"half, lr {lr:g}": ({"N": N // 2}, {"lr": lr}) for lr in (1e-3, 4e-3)},
@@ -77,7 +78,7 @@ def make(cell, seed):
         row["warm_hub"] = report["warm_hub"]
     if cell in ("base", "+ streams", "+ streams, stream-drop"):
         row["subsets"] = {"+".join(s): subset(cfg, params, s, seed) for s in SUBSETS}
-    if cell in ("base", "elastic"):
+    if cell == "base" or cell.startswith("elastic"):
         half = elastic.shrink(cfg, params, N // 2)
         row["half"] = hybrid.scored(*half)["report"]
         row["half_parameters"] = models.count(half[0])

@@ -6,6 +6,7 @@ Parents are random and tiny, fused dense or at common codes; nothing is compress
 import dataclasses
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -74,17 +75,29 @@ def in_two_processes(*argv) -> None:
 
 
 def test_two_processes_heal_a_hybrid(place, tmp_path):
-    """To the end: the facts of it are read by one of them, which waits for nobody.
+    """As one does, to the end: the facts of it are read by one of them, which waits for nobody.
 
-    (That two compute what one does: tests/test_faults.py.)
+    Without teachers: of these several processes take an even pool, one fits it.
     """
-    flags = ("--data", place / "fit.txt", *HEAL, "--mesh", "data=2", "--objective", "ce")
-    in_two_processes("heal", place / "fused", tmp_path / "two", *flags)
-    losses = [
-        row["loss"] for row in read_metrics(tmp_path / "two" / "metrics.jsonl") if "loss" in row
-    ]
-    assert len(losses) == 8 and losses[-1] < losses[0]
+    flags = ("--data", place / "fit.txt", *HEAL, "--objective", "ce")
+    in_two_processes("heal", place / "fused", tmp_path / "two", *flags, "--mesh", "data=2")
+    assert cli.main([*map(str, ("heal", place / "fused", tmp_path / "one", *flags))]) == 0
+    two, one = (
+        [row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        for name in ("two", "one")
+    )
+    assert len(one) == 8 and one[-1] < one[0]
+    np.testing.assert_allclose(two, one, rtol=1e-4)
     assert np.isfinite(delve_jax.load(tmp_path / "two").logits(TOKENS)).all()
+
+
+@pytest.mark.parametrize("what", ["is missing", "has other bytes"])
+def test_info_names_a_damaged_file_of_the_pool(what, place, tmp_path, capsys):
+    shutil.copytree(place / "fused", tmp_path / "damaged")
+    chunk = tmp_path / "damaged" / "params" / "pool.a" / "0"
+    chunk.unlink() if what == "is missing" else chunk.write_bytes(chunk.read_bytes()[:3])
+    assert f"pool.a/0 {what}" in bad(capsys, "info", tmp_path / "damaged")
+    assert delve(capsys, "info", place / "fused")[0] == 0
 
 
 def test_fuse_with_other_connectors_heads_and_a_warm_hub(place, capsys, tmp_path):
