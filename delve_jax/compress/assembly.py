@@ -98,7 +98,7 @@ def student(out: Assembled) -> Student:
     stacks = jax.tree.map(np.asarray, out.params["layers"])
     return Student(
         lambda index, like: _as_dense(jax.tree.map(lambda a: a[index], stacks), like),
-        lambda like: _as_dense(top, like),
+        lambda like: _as_dense({name: top[name] for name in like}, like),
     )
 
 

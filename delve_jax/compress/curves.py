@@ -91,7 +91,7 @@ def student(spectra: Spectra, ranks: dict, neurons=()) -> Student:
     tables = {name: r[0] for name, r in ranks.items() if name in TABLES}
 
     def outer(top):
-        return {**top, **{n: cut(spectra, n, 0, r, top[n]) for n, r in tables.items()}}
+        return {**top, **{n: cut(spectra, n, 0, tables[n], top[n]) for n in tables if n in top}}
 
     layer = functools.partial(_changed, spectra, body, neurons) if body or neurons else None
     return Student(layer, outer if tables else None, layer is None and "embed" not in tables)

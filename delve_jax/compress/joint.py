@@ -142,7 +142,7 @@ def _student(shared: codes.Codes, index: int, rank: int) -> Student:
     def outer(top):
         own = shared.at(rank)[index]
         kernel = lambda leaf: {"kernel": jnp.matmul(leaf["v"], leaf["u"])}  # noqa: E731
-        return {**top, **{table: kernel(leaf) for table, leaf in own.items()}}
+        return {**top, **{table: kernel(leaf) for table, leaf in own.items() if table in top}}
 
     return Student(None, outer)
 

@@ -268,8 +268,8 @@ class Sweep:
                 tops = (top if s.outer is None else s.outer(top) for s in moving)
                 self._keep(kind, 0, shape, (x for t in tops for x in self._embedded(t, tokens_NT)))
             for index in range(max(start, 0), L):
-                x_SNTD, layer = self._load(kind, index), self.source.layer(index)
-                self._keep(kind, index + 1, shape, self._advanced(index, layer, moving, x_SNTD))
+                x_SNTD = self._load(kind, index)
+                self._keep(kind, index + 1, shape, self._advanced(index, moving, x_SNTD))
                 self._forget(kind, index)
                 tick()
             features = self._load(kind, L).reshape(len(moving), -1, self.cfg.d_model)
@@ -277,7 +277,8 @@ class Sweep:
         self._forget(kind, L)
         return out
 
-    def _advanced(self, index: int, layer: dict, moving: list, x_SNTD) -> Iterator[jax.Array]:
+    def _advanced(self, index: int, moving: list, x_SNTD) -> Iterator[jax.Array]:
+        layer = self.source.layer(index)
         for s, x_NTD in zip(moving, x_SNTD, strict=True):
             params = layer if s.layer is None else s.layer(index, layer)
             for x in self._batches(x_NTD):
@@ -286,6 +287,8 @@ class Sweep:
     def _compared(self, x_SnD, moving: list, students: list, tokens_NT, tick) -> list:
         """KL and nll of each student; as many changed tables at once as TABLE_BYTES hold."""
         top, sums = self.source.outer(), np.zeros((len(students), 2))
+        if "head" in top:  # its own: nobody looks at the other table any more
+            del top["embed"]
         label_n = np.concatenate([tokens_NT[:, 1:], np.full_like(tokens_NT[:, :1], -1)], 1).ravel()
         place = {id(s): k for k, s in enumerate(moving)}  # a late one ends where the parent does
         plain = [k for k, s in enumerate(students) if s.outer is None]

@@ -307,18 +307,16 @@ class Spectra:
 
     def factors(self, name: str, layer: int, rank: int, kernel_IO=None) -> Factors:
         """Factors of a map at a rank, as a slice; bias_O is what to ADD to its bias (or None)."""
-        if (name, layer) not in self._kept:
-            # two tables' factors at once are a gigabyte; an accelerator waits for what is read
-            same = device.on() and name not in TABLES
-            self._kept = {
-                key: a for key, a in self._kept.items()
-                if same and key[1] == layer and key[0] not in TABLES
-            }  # fmt: skip
+        kept = self._kept.get((name, layer))
+        if kept is None:
+            # an accelerator waits for what is read, and gets the maps of a layer at many ranks
+            of_layer = {key: a for key, a in self._kept.items() if device.on() and key[1] == layer}
+            self._kept = of_layer
             with np.load(self._file(name if name in TABLES else layer)) as file:
                 of_map = [key for key in file.files if key.startswith(f"{name}:")]
-                arrays = {key.removeprefix(f"{name}:"): file[key] for key in of_map}
-            self._kept[name, layer] = arrays
-        kept = self._kept[name, layer]
+                kept = {key.removeprefix(f"{name}:"): file[key] for key in of_map}
+            if name not in TABLES:  # those of a 7B parent are a gigabyte each
+                self._kept[name, layer] = kept
         v, u, shift = kept["v"][:, :rank], kept["u"][:rank], None
         if "mean" in kept:
             shift = kept["mean"] @ np.asarray(kernel_IO, np.float64) - (kept["mean"] @ v) @ u
