@@ -91,16 +91,18 @@ def test_logits_match_jax_padded_and_not(case):
         assert np.abs(alone - theirs[row, mask[row]]).max() <= 2e-5 * scale
 
 
-@pytest.mark.parametrize("pads", [(0,), (0, 3, 7, 10)], ids=["batch1", "batch4"])
-def test_greedy_is_the_same_cached_uncached_and_in_jax(case, pads):
+@pytest.mark.parametrize(
+    ("pads", "n"), [((0,), 32), ((0, 3, 7, 10), 128)], ids=["batch1", "batch4"]
+)
+def test_greedy_is_the_same_cached_uncached_and_in_jax(case, pads, n):
     tokens, mask = batch(12, pads)
-    kw = {"max_new_tokens": 128, "min_new_tokens": 128, "do_sample": False, "eos_token_id": None}
+    kw = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, "eos_token_id": None}
     ids, attention = torch.from_numpy(tokens), torch.from_numpy(mask).long()
     texts = [
         case["torch"].generate(ids, attention_mask=attention, use_cache=cache, **kw).numpy()
         for cache in (True, False)
     ]
-    full = np.pad(mask, ((0, 0), (0, 128)), constant_values=True)
+    full = np.pad(mask, ((0, 0), (0, n)), constant_values=True)
     logits = jax_logits(case, texts[0], full)[:, 11:-1]  # what JAX predicts on the same prefix
     assert len(np.unique(texts[0][:, 12:])) > 5  # not one token for ever
     for row in range(len(pads)):

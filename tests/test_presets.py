@@ -113,7 +113,7 @@ def test_the_first_loss_of_delphi():
     """ln V and half the logits' variance, 12.25 nats: averaged over every next token, not drawn."""
     cfg = preset("delphi-512")
     params = models.init_params(cfg, jax.random.key(0))
-    tokens_BT = np.random.default_rng(0).integers(1, cfg.vocab_size, (1, 96))
+    tokens_BT = np.random.default_rng(0).integers(1, cfg.vocab_size, (1, 32))
     logits_BTV = models.forward(cfg, params, tokens_BT)[0]
     loss = jax.nn.logsumexp(logits_BTV, -1) - logits_BTV.mean(-1)
     assert cfg.vocab_size == 128256 and float(loss.mean()) == pytest.approx(12.25, abs=0.02)

@@ -11,6 +11,7 @@ import delve_jax
 from delve_jax import compress, data, fuse, models, parents, road, upcycle
 
 NAMES = ["incite", "mamba", "neox", "rwkv"]
+POOL = ["neox", "rwkv"]  # all four are pooled by the quickstart, which CI runs behind the tests
 KEEP = 0.5
 
 
@@ -20,7 +21,7 @@ def split():
     _, tok = parents.peek(upcycle.PROXIES / "neox")
     tokenizer, documents = data.load_tokenizer(tok, 3840), data.stdlib_documents()
     out = {}
-    for role, count in (("calibrate", 48), ("report", 48)):
+    for role, count in (("calibrate", 32), ("report", 24)):
         ids = data.encode_documents(tokenizer, data.split(documents, role))
         # spread over all documents: the first windows would be one or two files, and moments and
         # weights fitted on those do not carry over
@@ -31,10 +32,10 @@ def split():
 
 @pytest.fixture(scope="module")
 def compressed(split):
-    """{name: (config, parameters)} of every proxy at KEEP, by the cheapest method that reads text:
+    """{name: (config, parameters)} of POOL at KEEP, by the cheapest method that reads text:
     ours on these proxies is what the quickstart in CI runs."""
     out = {}
-    for name in NAMES:
+    for name in POOL:
         cfg, params, _ = parents.load(upcycle.PROXIES / name, dtype="float32")
         out[name] = compress.compress(
             cfg, params, split["calibrate"], keep=KEEP, method="svd-llm", progress=False
@@ -77,8 +78,8 @@ def test_proxy_is_what_its_card_says(name, split):
 
 def test_pool_of_compressed_proxies(compressed, split):
     """Step 0: on the fitted text never worse than its best parent; elsewhere within 0.002 nats."""
-    parts = [(n, *compressed[n]) for n in NAMES]
-    total = sum(models.count(parents.peek(upcycle.PROXIES / n)[0]) for n in NAMES)
+    parts = [(n, *compressed[n]) for n in POOL]
+    total = sum(models.count(parents.peek(upcycle.PROXIES / n)[0]) for n in POOL)
     assert sum(models.count(c) for _, c, _ in parts) <= KEEP * total
     cfg, params, report = fuse.fuse(parts, split["calibrate"])
     assert report["nll"] <= min(report["nll_parents"])
@@ -88,7 +89,7 @@ def test_pool_of_compressed_proxies(compressed, split):
 
 def test_greedy_continuation_is_that_of_the_full_forward(compressed, split):
     """64 tokens of a fused DELVE: cached decoding equals recomputing everything, batch 1 and 3."""
-    cfg, params, _ = fuse.fuse([(n, *compressed[n]) for n in NAMES])
+    cfg, params, _ = fuse.fuse([(n, *compressed[n]) for n in POOL])
     lm = delve_jax.LM(cfg, params)
     prompt = split["report"][:3, :33]
     out = np.asarray(lm.generate(prompt, 64))

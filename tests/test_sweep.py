@@ -141,7 +141,7 @@ def test_another_optimizer_takes_sizes_not_rates(place):
 def test_a_ladder_of_healing(place, capsys):
     """Checkpoints at two keep ratios, healed for two numbers of tokens, towards their parent."""
     for keep in (0.4, 0.6):
-        road.compress(upcycle.PROXIES / "rwkv", place / f"small-{keep}", keep=keep, method="svd")
+        road.compress(upcycle.PROXIES / "neox", place / f"small-{keep}", keep=keep, method="svd")
     sources = [place / "small-0.4", place / "small-0.6"]
     how = flags(place, "--batch", 2, "--window", 32)
     dst = place / "healing"
