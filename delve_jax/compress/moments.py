@@ -58,6 +58,11 @@ class Student(NamedTuple):
     late: bool = False  # only what comes after the last layer is changed
 
 
+def _of_head(outer: dict) -> dict:
+    """What logits are made of: beside a head of its own nobody looks at the table of inputs."""
+    return {name: tree for name, tree in outer.items() if name != "embed" or "head" not in outer}
+
+
 def check_tokens(tokens_NT: np.ndarray, vocab_size: int) -> np.ndarray:
     """Calibration windows as int32 [N,T]; DelveError where they are empty or out of range."""
     tokens_NT = np.asarray(tokens_NT)
@@ -152,7 +157,7 @@ class Sweep:
         self._run.head_back.ahead(outer, x_nD, jax.random.key(0), np.uint32(0))
         self._back.ahead(layer, x_BTD, x_BTD)
         self._run.head_inputs.ahead(outer, x_BTD)
-        self._run.log_p.ahead(outer, x_nD)
+        self._run.log_p.ahead(_of_head(outer), x_nD)
         self._run.embed_back.ahead(outer, tokens_BT, x_BTD)
 
     def _batches(self, array) -> Iterator[jax.Array]:
@@ -286,9 +291,7 @@ class Sweep:
 
     def _compared(self, x_SnD, moving: list, students: list, tokens_NT, tick) -> list:
         """KL and nll of each student; as many changed tables at once as TABLE_BYTES hold."""
-        top, sums = self.source.outer(), np.zeros((len(students), 2))
-        if "head" in top:  # its own: nobody looks at the other table any more
-            del top["embed"]
+        top, sums = _of_head(self.source.outer()), np.zeros((len(students), 2))
         label_n = np.concatenate([tokens_NT[:, 1:], np.full_like(tokens_NT[:, :1], -1)], 1).ravel()
         place = {id(s): k for k, s in enumerate(moving)}  # a late one ends where the parent does
         plain = [k for k, s in enumerate(students) if s.outer is None]
