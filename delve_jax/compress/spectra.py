@@ -310,12 +310,11 @@ class Spectra:
         kept = self._kept.get((name, layer))
         if kept is None:
             # an accelerator waits for what is read, and gets the maps of a layer at many ranks
-            of_layer = {key: a for key, a in self._kept.items() if device.on() and key[1] == layer}
-            self._kept = of_layer
+            self._kept = {k: a for k, a in self._kept.items() if device.on() and k[1] == layer}
             with np.load(self._file(name if name in TABLES else layer)) as file:
                 of_map = [key for key in file.files if key.startswith(f"{name}:")]
                 kept = {key.removeprefix(f"{name}:"): file[key] for key in of_map}
-            if name not in TABLES:  # those of a 7B parent are a gigabyte each
+            if device.on() or name not in TABLES:  # those of a 7B parent are a gigabyte each
                 self._kept[name, layer] = kept
         v, u, shift = kept["v"][:, :rank], kept["u"][:rank], None
         if "mean" in kept:
