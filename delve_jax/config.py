@@ -48,6 +48,7 @@ class ParentConfig:
     ranks: Ranks = ()  # map name -> true rank per layer; a missing name is dense
     storage: str = "uv"  # form of all factored maps: uv, or made after training pivot or int8
     neurons: tuple[int, ...] = ()  # true F of each layer, d_ffn the largest (or 1); (): d_ffn
+    nested: Ranks = ()  # sizes of the best model of half the size inside: ranks by map, "neurons"
     dtype: str = "float32"  # dtype of the source's tensors
     hf_config: str = ""  # the source's config.json, verbatim: the way back
     family: ClassVar[str] = ""
@@ -162,7 +163,7 @@ def to_json(cfg: Config) -> dict:
     out: dict = {"family": cfg.family}
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
-        if field.name == "ranks":
+        if field.name in ("ranks", "nested"):
             value = {name: list(ranks) for name, ranks in value}
         elif field.name == "streams":
             value = [{"name": name, **to_json(sub)} for name, sub in value]
@@ -183,8 +184,9 @@ def from_json(data: dict, where: str = "config.json") -> Config:
         raise DelveError(f"{where}: unknown field '{unknown[0]}' for family {cls.family}")
     if data.get("storage", "uv") not in STORAGES:
         raise DelveError(f"{where}: field 'storage' must be one of {', '.join(STORAGES)}")
-    if "ranks" in data:
-        data["ranks"] = tuple((k, tuple(v)) for k, v in data["ranks"].items())
+    for name in ("ranks", "nested"):
+        if name in data:
+            data[name] = tuple((k, tuple(v)) for k, v in data[name].items())
     if "streams" in data:
         streams = [dict(s) for s in data["streams"]]
         data["streams"] = tuple((s.pop("name"), from_json(s, where)) for s in streams)

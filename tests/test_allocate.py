@@ -217,6 +217,25 @@ def test_certificate_of_real_shapes(seed, monkeypatch):
             assert exact.error <= out.error <= exact.error * (1 + (1e-12 if d == 128 else 1e-4))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_modes_are_the_best_of_all_however_coarse_one_kind_is(seed):
+    """Common codes come in large steps: what one kind alone would change then says little."""
+    rng = np.random.default_rng(seed)
+    kinds = [spectral_kind(rng, f"m{i}", 3, 32, 32 * (1 + i % 2)) for i in range(6)]
+    coarse = [Option(r, 2000 * r, 6.0 * 0.5**r) for r in range(1, 9)]
+    kinds.append(Kind("codes", {"common": (Item("codes", 0, tuple(coarse)),)}))
+    for share in (0.35, 0.5, 0.7):
+        budget = int(share * (8 * 2000 + sum(i.options[0].cost for k in kinds[:-1]
+                                             for i in k.modes["dense"])))  # fmt: skip
+        out = choose(kinds, 0, budget)
+        for modes in itertools.product(*(kind.modes for kind in kinds)):
+            try:
+                given = choose(kinds, 0, budget, dict(zip((k.name for k in kinds), modes)))  # noqa: B905
+            except DelveError:  # these do not fit
+                continue
+            assert out.error <= given.error * (1 + 1e-12), modes
+
+
 def test_nested_budgets_give_nested_sizes_and_more_never_loses_more():
     rng = np.random.default_rng(0)
     kinds = [spectral_kind(rng, f"m{i}", 5, 64, 64 * (i + 1)) for i in range(3)]
@@ -231,6 +250,21 @@ def test_nested_budgets_give_nested_sizes_and_more_never_loses_more():
     for out, budget in zip(outs, range(least, dense, 777), strict=True):
         filled = choose(kinds, 0, budget, modes)
         assert filled.parameters <= budget and filled.error <= out.error
+
+
+def test_what_is_within_an_allocation_is_the_best_of_its_modes_and_sizes():
+    rng = np.random.default_rng(0)
+    kinds = [spectral_kind(rng, f"m{i}", 5, 64, 64 * (i + 1)) for i in range(3)]
+    dense = sum(i.options[0].cost for k in kinds for i in k.modes["dense"])
+    whole = choose(kinds, 100, dense // 2)
+    small = knapsack.within(kinds, whole, 100, dense // 4)
+    assert small.modes == whole.modes and small.parameters <= dense // 4
+    assert all(size <= whole.sizes[at] for at, size in small.sizes.items())
+    free = choose(kinds, 100, dense // 4, whole.modes)
+    assert free.error <= small.error < 1.2 * free.error
+    least = knapsack.within(kinds, whole, 100, 0)  # a budget below the least: the least
+    assert all(size == 0 for size in least.sizes.values() if size >= 0)
+    assert knapsack.within(kinds, whole, 100, dense).sizes == whole.sizes  # nothing to give up
 
 
 def test_a_map_that_does_nothing_is_dropped_and_dense_wins_where_it_fits():

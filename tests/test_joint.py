@@ -8,6 +8,7 @@ from delve_jax import DelveError, fuse, models, upcycle
 from delve_jax.compress import codes, joint, spectra
 from delve_jax.compress.spectra import InMemory
 from delve_jax.config import MambaConfig, NeoxConfig, RwkvConfig
+from delve_jax.models import elastic
 
 V = 61
 BOTH = dict(vocab_size=V, vocab_rows=V, context_length=32)
@@ -61,6 +62,22 @@ def test_the_budget_is_met_and_used(half):
         assert params["embed"]["v"] is more["embed"]["v"]
         assert params["head"]["u"] is more["head"]["u"]
         assert cfg.rank("embed") == other.rank("head") == (out.rank,)
+
+
+def test_half_of_it_is_inside_by_the_allocators_sizes(half):
+    """`nested` says every map's size in a model of half the budget, which `--keep` cuts out."""
+    out, _ = half
+    fused = fuse.fuse(out.parents, None, shared=True, connectors="none")[:2]
+    for (_, sub), (name, own, _) in zip(fused[0].streams, out.parents, strict=True):
+        assert sub.nested == own.nested
+        named = {*dict(own.ranks), *["neurons"] * bool(own.neurons)}
+        assert set(dict(own.nested)) == named, name
+        for n, sizes in own.nested:
+            full = own.neurons if n == "neurons" else own.rank(n)
+            assert all(0 <= a <= b for a, b in zip(sizes, full, strict=True))
+    cfg, _ = elastic.shrink(*fused, models.count(elastic.config_at(fused[0], 0.5)))
+    for (_, sub), (_, own, _) in zip(cfg.streams, out.parents, strict=True):
+        assert sub.ranks == tuple((n, dict(own.nested)[n]) for n, _ in own.ranks)
 
 
 def test_a_smaller_budget_slices_the_same_factors(half, parts, monkeypatch):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from delve_jax import models
+from delve_jax import config, models
 from delve_jax.config import DelveConfig, DelveError, MambaConfig, NeoxConfig, RwkvConfig
 from delve_jax.models import delve, elastic
 from delve_jax.train import objective
@@ -186,6 +186,22 @@ ELASTIC = dataclasses.replace(
 )  # fmt: skip
 
 
+NESTED = {
+    "m": (("in_proj", (6, 2)), ("out_proj", (0, 1)), ("embed", (3,)), ("head", (3,))),
+    "r": (("att/key", (1, 8)), ("ffn/value", (3, 3)), ("embed", (3,)), ("head", (3,))),
+    "n": (("att/qkv", (2, 5)), ("neurons", (11, 3)), ("embed", (3,)), ("head", (3,))),
+}
+
+
+def nested():
+    """ELASTIC with sizes of its own at half, and one MLP that is pruned."""
+    streams = {n: dataclasses.replace(s, nested=NESTED[n]) for n, s in ELASTIC.streams}
+    n = streams["n"]
+    ranks = tuple((name, r) for name, r in n.ranks if not name.startswith("mlp/"))
+    streams["n"] = dataclasses.replace(n, ranks=ranks, neurons=(30, 17), d_ffn=30)
+    return dataclasses.replace(ELASTIC, streams=tuple(streams.items()))
+
+
 def trimmed(cfg, params):
     """Zeros beyond each layer's own rank, as factored checkpoints have them."""
     return elastic.masked(cfg, params, jnp.float32(1.0)) if cfg.family != "delve" else {
@@ -215,6 +231,30 @@ def test_a_smaller_checkpoint_is_the_masked_one(share, randomised):
     whole = np.asarray(jitted(ELASTIC)(params, TEXT)[0])
     moved = np.abs(np.asarray(jitted(got_cfg)(cut, TEXT)[0]) - whole).max()
     assert moved < 1e-5 if share == 1.0 else moved > 0.1
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.75])
+def test_sizes_between_the_whole_and_the_half_that_is_named(share, randomised):
+    """Ranks and neurons lie on lines; masked, cut out, cut twice: the same model."""
+    cfg = nested()
+    params = trimmed(cfg, randomised(cfg, 7))
+    small = elastic.config_at(cfg, share)
+    sizes = {n: dict(s.ranks) | {"neurons": s.neurons} for n, s in small.streams}
+    at = {0.3: [(4, 2), (0, 1), (1, 5), (7, 2)], 0.5: [(6, 2), (0, 1), (1, 8), (11, 3)],
+          0.75: [(6, 6), (3, 3), (3, 8), (21, 10)]}[share]  # fmt: skip
+    got = [sizes["m"]["in_proj"], sizes["m"]["out_proj"], sizes["r"]["att/key"],
+           sizes["n"]["neurons"]]  # fmt: skip
+    assert got == at
+    assert dict(small.streams)["n"].d_ffn == max(at[-1])
+    masked = jitted(cfg)(elastic.masked(cfg, params, jnp.float32(share)), TEXT)[0]
+    cut = elastic._cut(cfg, small, params)
+    np.testing.assert_allclose(jitted(small)(cut, TEXT)[0], masked, rtol=0, atol=1e-5)
+    if share == 0.5:  # what is cut out says its own half
+        again = elastic.config_at(small, 0.5)
+        assert [s.ranks for _, s in again.streams] == [
+            s.ranks for _, s in elastic.config_at(cfg, 0.25).streams
+        ]
+        assert config.from_json(config.to_json(small)) == small
 
 
 def test_what_is_masked_gets_no_gradient(randomised):

@@ -187,13 +187,12 @@ def _allocated(spectra: Spectra, maps: list[Map], plan: Plan, report: Report) ->
     fits = spectra.curves(lambda: curves.measure(spectra, maps))
     kinds = curves.kinds(spectra, maps, fits)
     fixed = plan.total - sum(i.options[0].cost for k in kinds for i in curves.dense(k))
-    choices = [knapsack.choose(kinds, fixed, plan.budget, total=plan.total)]
-    if choices[0].modes.get(curves.NEURONS) == "pruned":
+    candidates = [_planned(maps, plan, kinds, fixed)]
+    if candidates[0][0].neurons:
         kinds = [k._replace(modes={m: i for m, i in k.modes.items() if m != "pruned"})
                  for k in kinds]  # fmt: skip
-        choices.append(knapsack.choose(kinds, fixed, plan.budget, total=plan.total))
-    candidates = [*((_planned(maps, plan, c), c.error, c.bound) for c in choices),
-                  (plan, None, None)]  # fmt: skip
+        candidates.append(_planned(maps, plan, kinds, fixed))
+    candidates.append((plan, None, None))
     found = curves.measured(spectra, [plan for plan, _, _ in candidates])
     best = int(np.nanargmin([facts["kl"] for facts in found]))
     plan, expected, bound = candidates[best]
@@ -202,17 +201,27 @@ def _allocated(spectra: Spectra, maps: list[Map], plan: Plan, report: Report) ->
     )
 
 
-def _planned(maps: list[Map], plan: Plan, choice: knapsack.Allocation) -> Plan:
-    """The plan with the allocator's choice in the place of its ranks."""
+def _planned(maps: list[Map], plan: Plan, kinds: list, fixed: int):
+    """(the plan with the allocator's choice in the place of its ranks, expected loss, bound)."""
+    choice = knapsack.choose(kinds, fixed, plan.budget, total=plan.total)
+    inner = knapsack.within(kinds, choice, fixed, plan.budget // 2)
+    new = dataclasses.replace(
+        plan, **_sizes(maps, choice), parameters=choice.parameters, rho=plan.budget / plan.total
+    )
+    new = dataclasses.replace(
+        new, nested=dataclasses.replace(new, **_sizes(maps, inner)).sizes,
+        tables="factored" if any(name in new.ranks for name in TABLES) else "dense",
+    )  # fmt: skip
+    return new, choice.error, choice.bound
+
+
+def _sizes(maps: list[Map], choice: knapsack.Allocation) -> dict:
+    """The ranks and neurons that an allocation chose."""
     sizes = {}
     for (name, _), size in sorted(choice.sizes.items()):
         sizes.setdefault(name, []).append(size)
     ranks = {m.name: tuple(sizes[m.name]) for m in maps if min(sizes.get(m.name, [-1])) >= 0}
-    return dataclasses.replace(
-        plan, ranks=ranks, neurons=tuple(sizes.get(curves.NEURONS, ())),
-        parameters=choice.parameters, rho=plan.budget / plan.total,
-        tables="factored" if any(name in ranks for name in TABLES) else "dense",
-    )  # fmt: skip
+    return {"ranks": ranks, "neurons": tuple(sizes.get(curves.NEURONS, ()))}
 
 
 def _cut_padding(cfg: ParentConfig, params: dict) -> dict:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 
 from .. import models
-from ..config import DelveError, ParentConfig
+from ..config import DelveError, ParentConfig, Ranks
 
 # Tables stay dense while the body then keeps at least this share of the keep ratio. Measured on the
 # proxies, nll with tables dense against factored, by that share: Mamba 4.404: 0.89 4.463/4.458,
@@ -59,6 +59,12 @@ class Plan:
     rho: float  # the common ratio (1.0: everything dense)
     tables: str  # "dense" or "factored"
     neurons: tuple[int, ...] = ()  # kept in the MLP of each layer (): all of them
+    nested: Ranks = ()  # `sizes` of the best model of half the budget that is inside this one
+
+    @property
+    def sizes(self) -> Ranks:
+        """Ranks by map and, where some went, the neurons, as `ParentConfig.nested` has them."""
+        return (*self.ranks.items(), *((("neurons", self.neurons),) if self.neurons else ()))
 
 
 def parent_maps(cfg: ParentConfig) -> tuple[list[Map], list[Map], int]:

@@ -147,7 +147,7 @@ def best(
 def _folder(spectra: Spectra, plan: Plan, centred: bool, blend: float) -> Path:
     """Where what one blend fits for a plan is kept."""
     how = [centred, RIDGE, blend, WIDEST, models.FAMILY[spectra.cfg.family].RESIDUAL]
-    key = json.dumps([plan.ranks, plan.neurons, plan.budget, plan.tables, how])
+    key = json.dumps([plan.ranks, plan.neurons, plan.budget, plan.tables, plan.nested, how])
     return spectra.folder / f"anchor-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
@@ -163,7 +163,9 @@ class Anchor(Sweep):
         super().__init__(spectra.source, spectra.tokens)
         self.spectra, self.plan, self.centred, self.blend = spectra, plan, centred, blend
         self.order = models.FAMILY[cfg.family].FACTORABLE  # as the block runs them
-        self.small = dataclasses.replace(cfg, ranks=())  # factors are multiplied out to be run
+        self.small = dataclasses.replace(
+            cfg, ranks=(), nested=()
+        )  # factors are multiplied out to be run
         self._shapes = models.abstract_params(self.small)["layers"]
         self._streams = (2, *self.tokens.shape, cfg.d_model)
         self.folder = _folder(spectra, plan, centred, blend)

@@ -33,7 +33,7 @@ class Assembled(NamedTuple):
 
 def config(cfg: ParentConfig, plan: Plan) -> ParentConfig:
     """The config of a dense parent at the plan's ranks and neurons."""
-    new = dataclasses.replace(cfg, ranks=tuple(plan.ranks.items()))
+    new = dataclasses.replace(cfg, ranks=tuple(plan.ranks.items()), nested=plan.nested)
     if not plan.neurons:
         return new
     return dataclasses.replace(new, d_ffn=max(1, *plan.neurons), neurons=plan.neurons)

@@ -181,10 +181,15 @@ def common(
     ]
 
 
-def shared(cfg: ParentConfig, rank: int) -> ParentConfig:
-    """The config of a parent whose tables are common codes of this rank."""
-    ranks = (*cfg.ranks, ("embed", (rank,)), ("head", (rank,)))
-    return dataclasses.replace(cfg, ranks=ranks, tie_embeddings=False)
+def shared(cfg: ParentConfig, rank: int, nested: int | None = None) -> ParentConfig:
+    """The config of a parent whose tables are common codes of this rank.
+
+    nested: their rank in the model of half the size inside.
+    """
+    tables = ("embed", "head")
+    ranks = (*cfg.ranks, *((name, (rank,)) for name in tables))
+    inside = cfg.nested if nested is None else (*cfg.nested, *((n, (nested,)) for n in tables))
+    return dataclasses.replace(cfg, ranks=ranks, nested=inside, tie_embeddings=False)
 
 
 def alone(cfg: ParentConfig, params: dict) -> tuple[ParentConfig, dict]:
@@ -194,4 +199,5 @@ def alone(cfg: ParentConfig, params: dict) -> tuple[ParentConfig, dict]:
         return cfg, params
     dense = {name: {"kernel": materialise(params[name])} for name in ("embed", "head")}
     ranks = tuple((name, r) for name, r in cfg.ranks if name not in dense)
-    return dataclasses.replace(cfg, ranks=ranks), {**params, **dense}
+    nested = tuple((name, r) for name, r in cfg.nested if name not in dense)
+    return dataclasses.replace(cfg, ranks=ranks, nested=nested), {**params, **dense}

@@ -7,6 +7,7 @@ knapsack in which parents, kinds of maps and codes compete for the same paramete
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -78,12 +79,15 @@ def compress(parts: list[Part], budget: int, work: Path, *, seed: int = 0, bars=
     shared = codes.of(known)
     kinds.append(_kind(shared, _curve(shared, [s for s, _ in held.values()], work / "codes.json")))
     choice = knapsack.choose(kinds, fixed, budget, total=total)
-    rank = choice.sizes[CODES, 0]
+    small = knapsack.within(kinds, choice, fixed, budget // 2)
+    rank, nested_rank = choice.sizes[CODES, 0], small.sizes[CODES, 0]
     parents, plans = [], {}
     measured = {}
     for k, (part, own) in enumerate(zip(parts, shared.at(rank), strict=True)):
         spectra, body = held[part.name]
-        plan = plans[part.name] = _plan(part.name, body, choice, total, budget)
+        plan = _plan(part.name, body, choice, total, budget)
+        inner = _plan(part.name, body, small, total, budget)
+        plan = plans[part.name] = dataclasses.replace(plan, nested=inner.sizes)
         (cfg, params, _, _), facts, blend = best(
             spectra, plan, True,
             lambda anchor, p=part, s=spectra, a=plan: assemble(p.source, s, a, anchor=anchor),
@@ -91,7 +95,7 @@ def compress(parts: list[Part], budget: int, work: Path, *, seed: int = 0, bars=
             outer=_student(shared, k, rank).outer,
         )  # fmt: skip
         measured[part.name] = {**facts, "blend": blend}
-        parents.append((part.name, codes.shared(cfg, rank), {**params, **own}))
+        parents.append((part.name, codes.shared(cfg, rank, nested_rank), {**params, **own}))
     report = {"budget": budget, "parameters": choice.parameters, "codes": rank,
               "expected_kl_sum": choice.error, "bound_kl_sum": choice.bound,
               "measured": measured}  # fmt: skip

@@ -9,6 +9,7 @@ the few options that the bound leaves possible. compression.md section 5. Determ
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 from typing import NamedTuple
@@ -18,7 +19,7 @@ import numpy as np
 from ..config import DelveError
 from .factorize import Array
 
-PRODUCTS = 4096  # mode choices that are enumerated; beyond, kinds change one at a time
+MODES = 4096  # mode choices that are looked at
 STATES = 2048  # partial solutions that the polish keeps; where these suffice it is exact
 
 
@@ -105,6 +106,27 @@ def choose(
     return out
 
 
+def within(kinds: list[Kind], whole: Allocation, fixed: int, budget: int) -> Allocation:
+    """The best smaller allocation inside another: its modes, no size above its own.
+
+    Where the budget is less than the smallest sizes need, those.
+    """
+    inside = []
+    for kind in kinds:
+        mode = whole.modes[kind.name]
+        items = tuple(
+            i._replace(
+                options=tuple(o for o in i.options if o.size <= whole.sizes[i.name, i.layer])
+            )
+            for i in kind.modes[mode]
+        )
+        inside.append(Kind(kind.name, {mode: items}))
+    least = fixed + sum(
+        min(o.cost for o in i.options) for k in inside for i in [*k.modes.values()][0]
+    )
+    return choose(inside, fixed, max(budget, least))
+
+
 class _Mode:
     """The items of one mode with their hulls: segments in the order of slope."""
 
@@ -170,60 +192,60 @@ class _Picks(NamedTuple):
 
 
 def _search(hulls: list[dict[str, _Mode]], budget: int, nested: bool) -> _Picks:
-    """The best modes and options: all products of modes, or one kind at a time where too many."""
+    """The best modes and options: mode choices in the order of their bound, while it lets them win.
 
-    def fits(modes: tuple[str, ...]) -> bool:
-        return sum(by[m].cost for by, m in zip(hulls, modes, strict=True)) <= budget
-
-    def solve(modes: tuple[str, ...]) -> _Picks:
-        return _greedy(hulls, modes, budget)
-
-    def finish(picks: _Picks) -> _Picks:
-        items = [i for by, m in zip(hulls, picks.modes, strict=True) for i in by[m].items]
-        if nested or not picks.price:
-            return _priced(items, picks)
-        return _polish(items, _fill(items, picks, budget), budget)
-
-    if math.prod(len(by) for by in hulls) > PRODUCTS:
-        return finish(_descend(hulls, fits, solve, budget))
-    starts = sorted(
-        (solve(modes) for modes in itertools.product(*hulls) if fits(modes)),
-        key=lambda picks: picks.bound,
-    )
+    Exact in the modes unless MODES run out first.
+    """
     best = None
-    for picks in starts:  # by bound: once it reaches the best error nothing later can be better
-        if best is not None and picks.bound > best.error:
+    for bound, modes in itertools.islice(_by_bound(hulls, budget), MODES):
+        if best is not None and bound > best.error:  # nothing later can be better
             break
-        picks = finish(picks)
+        if sum(by[m].cost for by, m in zip(hulls, modes, strict=True)) > budget:
+            continue
+        picks = _greedy(hulls, modes, budget)
+        if best is not None and picks.bound > best.error:
+            continue
+        items = [i for by, m in zip(hulls, modes, strict=True) for i in by[m].items]
+        if nested or not picks.price:
+            picks = _priced(items, picks)
+        else:
+            picks = _polish(items, _fill(items, picks, budget), budget)
         if best is None or picks.rank < best.rank:
             best = picks
     return best
 
 
-def _descend(hulls, fits, solve, budget: int) -> _Picks:
-    """From the modes of the joint Lagrangian optimum, change one kind at a time while it helps."""
-    low, high = (
-        0.0,
-        1.0 + max(float(m.slopes.max(initial=0.0)) for by in hulls for m in by.values()),
-    )
-    modes = tuple(min(by, key=lambda m: by[m].cost) for by in hulls)
-    for _ in range(60):
+def _by_bound(hulls: list[dict[str, _Mode]], budget: int):
+    """Yields (bound, modes): all products of modes, the lowest bound first.
+
+    At one price the Lagrangian is a sum over kinds: its value with each kind at its best mode, and
+    what every other mode has more. Any price gives a bound; the one where the budget is spent, the
+    best.
+    """
+
+    def duals(price):
+        return [{m: hull.dual(price) for m, hull in by.items()} for by in hulls]
+
+    def spent(price):
+        return sum(min(by.values())[1] for by in duals(price))
+
+    low, high = 0.0, 1.0
+    while spent(high) > budget:  # the smallest sizes fit: some price is high enough
+        high *= 2
+    for _ in range(100):
         price = (low + high) / 2
-        at = [{m: hull.dual(price) for m, hull in by.items()} for by in hulls]
-        found = tuple(min(by, key=by.get) for by in at)
-        if sum(by[m][1] for by, m in zip(at, found, strict=True)) <= budget:
-            modes, high = found, price
-        else:
-            low = price
-    best, moved = solve(modes), True
-    while moved:
-        moved = False
-        for k, by in enumerate(hulls):
-            for mode in by:
-                other = (*best.modes[:k], mode, *best.modes[k + 1 :])
-                if fits(other) and (picks := solve(other)).rank < best.rank:
-                    best, moved = picks, True
-    return best
+        low, high = (low, price) if spent(price) <= budget else (price, high)
+    at = [sorted((value, m) for m, (value, _) in by.items()) for by in duals(high)]
+    start = sum(by[0][0] for by in at) - high * budget
+    heap = [(start, (0,) * len(at), 0)]  # what is pushed changes kinds from the last changed on
+    while heap:
+        bound, choice, last = heapq.heappop(heap)
+        yield bound, tuple(by[c][1] for by, c in zip(at, choice, strict=True))
+        for k in range(last, len(at)):
+            if choice[k] + 1 < len(at[k]):
+                more = at[k][choice[k] + 1][0] - at[k][choice[k]][0]
+                then = (*choice[:k], choice[k] + 1, *choice[k + 1 :])
+                heapq.heappush(heap, (bound + more, then, k))
 
 
 def _greedy(hulls: list[dict[str, _Mode]], modes: tuple[str, ...], budget: int) -> _Picks:

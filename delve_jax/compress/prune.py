@@ -46,19 +46,21 @@ class Pruning(NamedTuple):
         return self.losses[np.asarray(ks)]
 
     def repaired(self, k: int, down_FO: Array) -> tuple[Array, Array, Array]:
-        """-> (kept_K ascending, W' [K, O] float64, what to add to the bias [O]) for k neurons."""
+        """-> (kept_K, W' [K, O] float64, what to add to the bias [O]) for k neurons.
+
+        In the order of their worth, so that a smaller model has the first of them.
+        """
         down_FO = np.asarray(down_FO, np.float64)
         n_in, n_out = down_FO.shape
+        kept_K = self.order_F[:k]
         if k == n_in:
-            return np.arange(k), down_FO.copy(), np.zeros(n_out)
+            return kept_K, down_FO[kept_K], np.zeros(n_out)
         used = min(k, self.lower_FM.shape[1])  # beyond: neurons that add nothing, with zero rows
         lower_FM = np.asarray(self.lower_FM[:, :used], np.float64)
         down_KO = np.zeros((k, n_out))
         down_KO[:used] = scipy.linalg.solve_triangular(
-            lower_FM[self.order_F[:used]], lower_FM.T @ down_FO, lower=True, trans="T"
+            lower_FM[kept_K[:used]], lower_FM.T @ down_FO, lower=True, trans="T"
         )
-        ascending = np.argsort(self.order_F[:k])
-        kept_K, down_KO = self.order_F[:k][ascending], down_KO[ascending]
         if self.mean_F is None:
             return kept_K, down_KO, np.zeros(n_out)
         return kept_K, down_KO, self.mean_F @ down_FO - self.mean_F[kept_K] @ down_KO

@@ -70,7 +70,9 @@ def densify(cfg: DelveConfig, params: dict) -> tuple[DelveConfig, dict]:
             return {"kernel": kernel, **{k: a for k, a in tree.items() if k not in "vu"}}
         return {name: walk(sub) for name, sub in tree.items()}
 
-    streams = tuple((name, dataclasses.replace(sub, ranks=())) for name, sub in cfg.streams)
+    streams = tuple(
+        (name, dataclasses.replace(sub, ranks=(), nested=())) for name, sub in cfg.streams
+    )
     dense = {**params, "streams": walk(whole(cfg, params))}
     dense.pop("codes", None)
     return dataclasses.replace(cfg, streams=streams, codes=()), dense

@@ -57,7 +57,7 @@ def dense_parents(cfg: Config) -> tuple[ParentConfig, ...]:
 
 
 def _dense(cfg: ParentConfig) -> ParentConfig:
-    dense = dataclasses.replace(cfg, ranks=(), neurons=())
+    dense = dataclasses.replace(cfg, ranks=(), neurons=(), nested=())
     if not cfg.hf_config:
         return dense
     family, raw = FAMILIES[cfg.family], json.loads(cfg.hf_config)

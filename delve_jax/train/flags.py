@@ -37,7 +37,7 @@ def objective(p: argparse.ArgumentParser) -> None:
     p.add_argument("--stream-drop", type=float, metavar="P",
                    help="chance that a sequence does without a stream")  # fmt: skip
     p.add_argument("--rank-drop", type=float, metavar="SHARE",
-                   help="train for --keep at loading: least share of all ranks")  # fmt: skip
+                   help="train for --keep at loading: least share of all factors")  # fmt: skip
     p.add_argument("--ffn-share", type=float, metavar="SHARE",
                    help="of a DELVE with routers: tokens that run their FFNs")  # fmt: skip
     p.add_argument("--train", choices=("all", "experts", "joints"), dest="trains",
