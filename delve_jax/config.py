@@ -196,6 +196,13 @@ def from_json(data: dict, where: str = "config.json") -> Config:
     try:
         if "neurons" in data:
             data["neurons"] = _neurons(data["neurons"], data, where)
+        full = dict(data.get("ranks", ())) | {"neurons": data.get("neurons", ())}
+        for name, sizes in data.get("nested", ()):
+            if len(sizes) != len(full.get(name, ())):
+                raise DelveError(
+                    f"{where}: field 'nested' gives '{name}' {len(sizes)} sizes, the model has "
+                    f"{len(full.get(name, ()))}; leave the field out to shrink all ranks alike"
+                )
         if data.get("rope_scaling") is not None:
             data["rope_scaling"] = RopeScaling(*data["rope_scaling"])
         return cls(**data)

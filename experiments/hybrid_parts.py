@@ -23,11 +23,10 @@ import numpy as np
 
 from delve_jax import fuse, models
 from delve_jax.config import DelveError
-from delve_jax.models import delve, elastic
+from delve_jax.models import delve
 from delve_jax.train.objective import Terms
 
 N = int(1.25 * hybrid.LARGEST)
-ELASTIC = 0.48  # least share of the factors under rank-drop; half of N needs 0.49
 SKIP = 0.5  # a router's weight below which a token does without an FFN, as `fuse --ffn-skip` says
 
 # cell: (what is built, how it is healed)
@@ -49,7 +48,6 @@ CELLS = {
     "joints lr x5": ({}, {"joints_lr": 5.0}),
     "hybrid stages": ({}, {"stages": "hybrid"}),
     "alone": ({}, {"terms": Terms(ce=0.0, kl=0.0, streams=1.0), "trains": "experts"}),
-    "elastic": ({}, {"terms": Terms(rank_drop=ELASTIC)}),
     "half": ({"N": N // 2}, {}),
     **{f"lr {lr:g}": ({}, {"lr": lr}) for lr in (1e-3, 4e-3)},
     **{f"half, lr {lr:g}": ({"N": N // 2}, {"lr": lr}) for lr in (1e-3, 4e-3)},
@@ -77,10 +75,6 @@ def make(cell, seed):
         row["warm_hub"] = report["warm_hub"]
     if cell in ("base", "+ streams", "+ streams, stream-drop"):
         row["subsets"] = {"+".join(s): subset(cfg, params, s, seed) for s in SUBSETS}
-    if cell == "base" or cell.startswith("elastic"):
-        half = elastic.shrink(cfg, params, N // 2)
-        row["half"] = hybrid.scored(*half)["report"]
-        row["half_parameters"] = models.count(half[0])
     if routers:
         share = ffn_share(cfg, params)
         behind = np.mean([share_S[1:] for share_S in share.values()])

@@ -68,6 +68,27 @@ def hybrid_parts() -> str:
     return "\n".join(lines)
 
 
+def hybrid_elastic() -> str:
+    """One healed DELVE at many sizes, beside one that was made for half of it."""
+    r = json.loads((RESULTS / "hybrid_elastic.json").read_text())
+    cells, rows = _cells(r["rows"]), []
+    shares = [p["share"] for p in cells["elastic"][0]["at"]]
+    for name in ("whole", "elastic", "half"):
+        at = {share: [p["report"] for x in cells[name] for p in x["at"] if p["share"] == share]
+              for share in shares}  # fmt: skip
+        means = [f"{sum(each) / len(each):.4f}" if each else "" for each in at.values()]
+        rows.append((name, f"{len(cells[name])}", f"{_mean(cells[name], 'step_0'):.4f}", *means))
+    gap = r["elastic_minus_half"]["report"]
+    each = ", ".join(f"{x:+.4f}" for x in gap["by_seed"])
+    return "\n".join([
+        f"Nats per token on {r['scored_tokens']:,} report tokens at shares of "
+        f"{r['parameters']:,} parameters, {r['healing_tokens']:,} healing tokens each, mean of the "
+        "seeds:", "", *_table(("cell", "seeds", "step 0", *(f"x {s:g}" for s in shares)), rows), "",
+        f"Elastic at half minus a model made and healed at that size: {_gap(gap)} (seeds: {each}; "
+        f"bar {r['bar']}).",
+    ])  # fmt: skip
+
+
 def hybrid_curve() -> str:
     """DELVE against what else the same parameters and tokens could be."""
     r = json.loads((RESULTS / "hybrid_curve.json").read_text())

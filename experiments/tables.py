@@ -11,6 +11,7 @@ from pathlib import Path
 from hybrid_tables import (
     hybrid_curve,
     hybrid_diversity,
+    hybrid_elastic,
     hybrid_parts,
     hybrid_sources,
     hybrid_tasks,
@@ -376,8 +377,8 @@ BLOCKS = (
     quickstart, proxies, interruption, sharding, training, optimisers, compression,
     shared_tables, refinement, generation, decode, prefill, growth, loading, accelerator,
     compress_memory, compress_accelerator,
-    hybrid_diversity, hybrid_curve, hybrid_tasks, hybrid_sources, hybrid_parts, delphi, ladder,
-    lora, tiers,
+    hybrid_diversity, hybrid_curve, hybrid_tasks, hybrid_sources, hybrid_parts, hybrid_elastic,
+    delphi, ladder, lora, tiers,
 )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ LOGITS_BYTES_ELSEWHERE = 2**28
 ALONE = 8  # times as many on an accelerator where one model's logits are all that a loss holds
 JOINTS = ("hub", "gate", "pool")  # what fusion adds to its parents
 FFN_WEIGHT = 10.0  # of the squared distance to `ffn_share`
+CUT_WEIGHTS = np.array([1.0, 2.0]) / 3  # under rank-drop: of the whole model, of the smaller one
 REMAT_ABOVE = 100_000_000  # parameters; below, recomputing layers costs more than it saves
 
 
@@ -157,7 +158,7 @@ class Terms:
     streams: Weight = 0.0
     hidden: Weight = 0.0
     stream_drop: float = 0.0  # chance that a sequence does without a stream (one always stays)
-    rank_drop: float = 1.0  # least share of all ranks that every step trains as well (1: none)
+    rank_drop: float = 1.0  # share of the factors of a smaller model that is trained as well
     ffn_share: float = 1.0  # of the tokens that run their FFNs, behind the first hub (1: free)
 
     def at(self, name: str, step, steps: int):
@@ -232,18 +233,6 @@ def drop_streams(keys_B: jax.Array, K: int, chance: float) -> jax.Array:
     """present_B1K of 0 and 1: each stream is absent with this chance; where all were, all stay."""
     here_BK = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - chance, (K,)))(keys_B)
     return jnp.where(here_BK.any(1, keepdims=True), here_BK, True)[:, None].astype(jnp.float32)
-
-
-def drop_ranks(step, seed: int, least: float) -> jax.Array:
-    """Share of all ranks that the second of a step's two models has: `least` in half of the steps,
-    else between it and 1.
-
-    The first has all of them: the sandwich rule (arXiv 1903.05134). Steps that have one size each
-    leave both sizes half the steps, and the smaller one a third of a nat behind.
-    """
-    key = jax.random.fold_in(jax.random.key(seed ^ 0x72616E6B), step)
-    which, between = jax.random.uniform(key, (2,))
-    return jnp.where(which < 0.5, least, least + (1 - least) * between)
 
 
 def healing(
@@ -376,9 +365,10 @@ def healing(
 
         if terms.rank_drop == 1:
             return student(params)
-        shares = jnp.stack([jnp.ones(()), drop_ranks(step, seed, terms.rank_drop)])
+        shares = jnp.array([1.0, terms.rank_drop])
         totals, both = lax.map(lambda share: student(elastic.masked(cfg, params, share)), shares)
-        return totals.mean(), {k: v[0] for k, v in both.items()} | {"nll_cut": both["nll"][1]}
+        metrics = {k: v[0] for k, v in both.items()} | {"nll_cut": both["nll"][1]}
+        return totals @ CUT_WEIGHTS, metrics
 
     return loss
 
