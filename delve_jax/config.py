@@ -198,10 +198,11 @@ def from_json(data: dict, where: str = "config.json") -> Config:
             data["neurons"] = _neurons(data["neurons"], data, where)
         full = dict(data.get("ranks", ())) | {"neurons": data.get("neurons", ())}
         for name, sizes in data.get("nested", ()):
-            if len(sizes) != len(full.get(name, ())):
+            most = full.get(name, ())
+            if len(sizes) != len(most) or not all(map(lambda a, b: 0 <= a <= b, sizes, most)):
                 raise DelveError(
-                    f"{where}: field 'nested' gives '{name}' {len(sizes)} sizes, the model has "
-                    f"{len(full.get(name, ()))}; leave the field out to shrink all ranks alike"
+                    f"{where}: field 'nested' gives '{name}' the sizes {list(sizes)}, the model "
+                    f"has {list(most)}; leave the field out to shrink all ranks alike"
                 )
         if data.get("rope_scaling") is not None:
             data["rope_scaling"] = RopeScaling(*data["rope_scaling"])

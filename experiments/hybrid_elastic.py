@@ -5,8 +5,8 @@ Cells, all with 204,800 healing tokens and the quickstart's rate: `whole` (N = 1
 parent, healed as every DELVE is), `elastic` (the same with rank-drop: each step trains a smaller
 model inside as well), `half` (made and healed at N / 2 alone). `whole` and `elastic` are scored at
 every share of SHARES of N, cut as `--keep` cuts them. Bar: `elastic` at half is within 0.03 nats
-of `half`.
-Cost: 30 minutes of two cores a seed. Result: experiments/results/hybrid_elastic.json and .png.
+of `half`. Cost: about half an hour of two cores a seed. Result:
+experiments/results/hybrid_elastic.json and .png.
 """
 
 import argparse

@@ -31,6 +31,7 @@ from delve_jax.compress.factorize import anchored, factor, svd
 from delve_jax.compress.moments import HEAD_TOKENS, Sweep
 from delve_jax.compress.spectra import InMemory, at
 from delve_jax.config import DelveConfig, DelveError, MambaConfig, NeoxConfig, RwkvConfig
+from delve_jax.models import elastic
 from delve_jax.models.linear import Linear, materialise
 from delve_jax.report import ranks_picture
 
@@ -557,6 +558,12 @@ def test_what_is_measured_is_the_divergence_of_the_result():
     facts = report.measured
     assert facts["tokens"] == tokens.size and facts["kl"] == pytest.approx(kl, rel=1e-4) and kl > 0
     assert [facts["nll_before"], facts["nll_after"]] == pytest.approx(nll, rel=1e-5)
+    # and the model of half the budget inside is the one that the allocator named
+    half = elastic.shrink(cfg, small, models.count(elastic.config_at(cfg, 0.5)))[0]
+    assert (
+        dict(half.ranks) == dict(cfg.nested) and dict(cfg.nested).keys() == report.plan.ranks.keys()
+    )
+    assert models.count(half) < models.count(cfg)
 
 
 BYTES = dataclasses.replace(NEOX, vocab_size=256, vocab_rows=256, context_length=32)

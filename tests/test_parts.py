@@ -255,10 +255,13 @@ def test_sizes_between_the_whole_and_the_half_that_is_named(share, randomised):
             s.ranks for _, s in elastic.config_at(cfg, 0.25).streams
         ]
         assert config.from_json(config.to_json(small)) == small
-        data = config.to_json(small)
-        data["streams"][0]["nested"]["in_proj"] = [3]
-        with pytest.raises(DelveError, match="x.json: field 'nested' gives 'in_proj' 1 sizes"):
-            config.from_json(data, "x.json")
+        for wrong in ([3], [3, 99], [-1, 2]):
+            data = config.to_json(small)
+            data["streams"][0]["nested"]["in_proj"] = wrong
+            with pytest.raises(
+                DelveError, match="x.json: field 'nested' gives 'in_proj' the sizes"
+            ):
+                config.from_json(data, "x.json")
 
 
 def test_what_is_masked_gets_no_gradient(randomised):

@@ -23,6 +23,7 @@ from delve_jax.config import (
     to_json,
 )
 from delve_jax.fuse import fuse, joints_count
+from delve_jax.models import elastic
 from delve_jax.parents import stock
 from delve_jax.train.run import Settings
 
@@ -282,6 +283,8 @@ def test_pruning_wins_where_neurons_repeat_each_other(repetitive):
         cfg, params, tokens, budget=budget, work=folder / "both", progress=False
     )
     assert new.neurons == report.plan.neurons == (12, 12) and not new.ranks
+    half = elastic.shrink(new, small, models.count(elastic.config_at(new, 0.5)))[0]
+    assert new.nested == (("neurons", half.neurons),) and max(half.neurons) < 12
     assert models.count(new) == report.plan.parameters == budget
     assert report.measured["kl"] < 1e-6 and report.bound <= report.expected < 1e-6
     np.testing.assert_allclose(

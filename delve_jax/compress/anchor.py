@@ -163,9 +163,8 @@ class Anchor(Sweep):
         super().__init__(spectra.source, spectra.tokens)
         self.spectra, self.plan, self.centred, self.blend = spectra, plan, centred, blend
         self.order = models.FAMILY[cfg.family].FACTORABLE  # as the block runs them
-        self.small = dataclasses.replace(
-            cfg, ranks=(), nested=()
-        )  # factors are multiplied out to be run
+        # factors are multiplied out to be run
+        self.small = dataclasses.replace(cfg, ranks=(), nested=())
         self._shapes = models.abstract_params(self.small)["layers"]
         self._streams = (2, *self.tokens.shape, cfg.d_model)
         self.folder = _folder(spectra, plan, centred, blend)

@@ -111,19 +111,15 @@ def within(kinds: list[Kind], whole: Allocation, fixed: int, budget: int) -> All
 
     Where the budget is less than the smallest sizes need, those.
     """
-    inside = []
+    inside, least = [], fixed
     for kind in kinds:
-        mode = whole.modes[kind.name]
-        items = tuple(
-            i._replace(
-                options=tuple(o for o in i.options if o.size <= whole.sizes[i.name, i.layer])
-            )
-            for i in kind.modes[mode]
-        )
-        inside.append(Kind(kind.name, {mode: items}))
-    least = fixed + sum(
-        min(o.cost for o in i.options) for k in inside for i in [*k.modes.values()][0]
-    )
+        items = []
+        for item in kind.modes[whole.modes[kind.name]]:
+            most = whole.sizes[item.name, item.layer]
+            options = tuple(o for o in item.options if o.size <= most)
+            items.append(item._replace(options=options))
+            least += min(o.cost for o in options)
+        inside.append(Kind(kind.name, {whole.modes[kind.name]: tuple(items)}))
     return choose(inside, fixed, max(budget, least))
 
 
@@ -194,7 +190,7 @@ class _Picks(NamedTuple):
 def _search(hulls: list[dict[str, _Mode]], budget: int, nested: bool) -> _Picks:
     """The best modes and options: mode choices in the order of their bound, while it lets them win.
 
-    Exact in the modes unless MODES run out first.
+    Exact in the modes unless MODES run out first. The first choice always fits.
     """
     best = None
     for bound, modes in itertools.islice(_by_bound(hulls, budget), MODES):
@@ -235,12 +231,12 @@ def _by_bound(hulls: list[dict[str, _Mode]], budget: int):
     for _ in range(100):
         price = (low + high) / 2
         low, high = (low, price) if spent(price) <= budget else (price, high)
-    at = [sorted((value, m) for m, (value, _) in by.items()) for by in duals(high)]
+    at = [sorted((*dual, m) for m, dual in by.items()) for by in duals(high)]
     start = sum(by[0][0] for by in at) - high * budget
     heap = [(start, (0,) * len(at), 0)]  # what is pushed changes kinds from the last changed on
     while heap:
         bound, choice, last = heapq.heappop(heap)
-        yield bound, tuple(by[c][1] for by, c in zip(at, choice, strict=True))
+        yield bound, tuple(by[c][-1] for by, c in zip(at, choice, strict=True))
         for k in range(last, len(at)):
             if choice[k] + 1 < len(at[k]):
                 more = at[k][choice[k] + 1][0] - at[k][choice[k]][0]

@@ -114,7 +114,9 @@ def shrink(cfg: Config, params: dict, parameters: int) -> tuple[Config, dict]:
     DelveError: no factors in uv form, or even the smallest ranks need more.
     """
     parts = [sub for _, sub in cfg.streams] if cfg.family == "delve" else [cfg]
-    if not any(sub.ranks for sub in parts) or any(sub.storage != "uv" for sub in parts):
+    if not any(sub.ranks or sub.nested for sub in parts) or any(
+        sub.storage != "uv" for sub in parts
+    ):
         raise DelveError("--keep: only a factored checkpoint in uv form can be loaded smaller")
     if models.count(cfg) <= parameters:
         return cfg, params

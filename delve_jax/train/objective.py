@@ -158,7 +158,7 @@ class Terms:
     streams: Weight = 0.0
     hidden: Weight = 0.0
     stream_drop: float = 0.0  # chance that a sequence does without a stream (one always stays)
-    rank_drop: float = 1.0  # share of the factors of a smaller model that is trained as well
+    rank_drop: float = 1.0  # share of a smaller model inside, trained in every step as well
     ffn_share: float = 1.0  # of the tokens that run their FFNs, behind the first hub (1: free)
 
     def at(self, name: str, step, steps: int):
@@ -265,7 +265,7 @@ def healing(
     terms.checked()
     hybrid = cfg.family == "delve"
     if terms.rank_drop < 1 and not any(
-        sub.ranks for sub in (dict(cfg.streams).values() if hybrid else [cfg])
+        sub.ranks or sub.nested for sub in (dict(cfg.streams).values() if hybrid else [cfg])
     ):
         raise DelveError("--rank-drop: needs factored maps, and this model has none")
     routed = hybrid and any(delve.routes(cfg, n) for n in cfg.names)
