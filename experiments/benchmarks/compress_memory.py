@@ -10,8 +10,8 @@ the results are not run again. --accelerator runs N layers of mamba-1.4b (48: al
 device with the command line's own 65,536 tokens; its rows go to results/compress_accelerator.json.
 Stages are printed as they end; a row has their seconds, of which compiling, how often each ran, and
 the median of its layers, which is what the layers that were not run would take (`per_layer`).
-Result: mamba-1.4b 3.68 GiB (before pass 2 was on by default), 7B blocks at most 7.53 GiB; 264 s on
-an H200. Rows that were stopped before their end: results/compress_memory_tries.json.
+Result: mamba-1.4b 3.56 GiB, 7B blocks at most 7.53 GiB; 264 s on an H200. Rows
+that were stopped before their end: results/compress_memory_tries.json.
 """
 
 import argparse
