@@ -151,10 +151,13 @@ def refinement() -> str:
         f"proxy's {r['trained_on']:,}; the calibration tokens are among them) and one over "
         f"{r['written']} times as many that the parent wrote:",
         "",
-        "| parent (dense) | compressed | refined | recovered (each seed) | nats left |",
-        "|---|---:|---:|---:|---:|",
+        "| parent (dense) | compressed | refined | recovered (each seed) | nats left | dense, "
+        "trained alike (seed 0) |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
-    chosen = [x for x in r["rows"] if x["split"] == "report"]
+    report = [x for x in r["rows"] if x["split"] == "report"]
+    chosen = [x for x in report if x["variant"] == r["chosen"]]
+    alike = {x["parent"]: f"{x['refined']:.4f}" for x in report if x["variant"] == r["control"]}
     for name in dict.fromkeys(x["parent"] for x in chosen):
         mine = [x for x in chosen if x["parent"] == name]
         mean = {k: sum(x[k] for x in mine) / len(mine)
@@ -162,19 +165,19 @@ def refinement() -> str:
         seeds = ", ".join(f"{x['recovered']:.0%}" for x in mine)
         lines.append(
             f"| {name} ({mean['dense']:.4f}) | {mean['compressed']:.4f} | {mean['refined']:.4f} | "
-            f"{mean['recovered']:.0%} ({seeds}) | {mean['left']:.4f} |"
+            f"{mean['recovered']:.0%} ({seeds}) | {mean['left']:.4f} | {alike.get(name, '')} |"
         )
     varied = [x for x in r["rows"] if x["split"] == "choose"]
     lines += [
         "",
-        f"Ways compared on the choose split ({varied[0]['parent']}, seed 0, the same tokens):",
+        "Ways compared on the choose split (seed 0, the same tokens):",
         "",
-        "| way | recovered | nats left | seconds |",
-        "|---|---:|---:|---:|",
+        "| parent | way | recovered | nats left | seconds |",
+        "|---|---|---:|---:|---:|",
     ]
-    for x in sorted(varied, key=lambda x: x["recovered"]):
+    for x in sorted(varied, key=lambda x: (x["parent"], x["recovered"])):
         lines.append(
-            f"| {x['variant']} | {x['recovered']:.0%} | {x['left']:.4f} | "
+            f"| {x['parent']} | {x['variant']} | {x['recovered']:.0%} | {x['left']:.4f} | "
             f"{x['seconds']['refine']:.0f} |"
         )
     return "\n".join(lines)

@@ -59,7 +59,7 @@ def test_it_comes_closer_to_the_parent_on_other_text(dense, tmp_path):
     assert report["passes"] == refine.PASSES and report["distinct_tokens"] == rows.size
     assert report["written_tokens"] == refine.WRITTEN * rows.size
     assert report["steps"] == -(-(refine.PASSES + refine.WRITTEN) * len(rows) // report["batch"])
-    assert report["objective"] == "kl" and report["teacher_weights"] == [1.0]
+    assert report["objective"] == "ce+kl" and report["teacher_weights"] == [1.0]
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["kl"] > 0
 
 

@@ -1,9 +1,11 @@
 """Refinement: a compressed parent is trained towards its dense one on few tokens, seen often.
 
-All weights move (factors, tables, biases, norms); the loss is KL(dense || compressed) alone. The
-teacher's whole distribution at every position lets the same text be read several times, where
-next-token labels would be learned by heart; beside it stands text that the parent wrote itself
-(as LLM-QAT does, arXiv 2305.17888), which costs none. Chosen by experiments/refinement.py.
+All weights move (factors, tables, biases, norms); the loss is KL(dense || compressed), and a tenth
+of the cross-entropy. The teacher's whole distribution at every position lets the same text be read
+several times, where next-token labels alone would be learned by heart; beside it stands text that
+the parent wrote itself (as LLM-QAT does, arXiv 2305.17888), which costs none. The labels' share is
+for what KL hardly sees: a parent gives too little to what does follow, and there the compressed one
+loses most (neox proxy: 0.008 nats of KL, 0.028 on text). Chosen by experiments/refinement.py.
 rows_NT: N windows of T + 1 ids: positions 0..T-1 are read, 1..T predicted.
 """
 
@@ -22,6 +24,7 @@ from ..lm import LM
 from ..metrics import progress
 from ..train import objective, run
 
+CE = 0.1  # weight of cross-entropy, beside 1 of KL
 PASSES = 4  # over the text
 WRITTEN = 4  # rows that the parent writes, times those of the text; each is read once
 RATE = 2.5e-3  # of the learning rate, times the root of the divergence; at most 1e-3
@@ -55,6 +58,7 @@ def refine(
     seed: int = 0,
     passes: int = PASSES,
     written: int = WRITTEN,
+    ce: float = CE,
 ) -> tuple[dict, dict]:
     """-> (trained parameters, report); an interrupted call goes on from `workdir`, bit for bit.
 
@@ -74,7 +78,7 @@ def refine(
     params, report = run.heal(
         cfg, lambda: jax.tree.map(jnp.copy, params),  # a step donates, and may share with `dense`
         open_data, [dense], settings_for(all_NT, seed, divergence), mesh=parallel.make_mesh(None),
-        workdir=workdir, eot=eot, terms=objective.Terms(ce=0.0, kl=1.0), weights=[1.0],
+        workdir=workdir, eot=eot, terms=objective.Terms(ce=ce, kl=1.0), weights=[1.0],
     )  # fmt: skip
     return params, report | {
         "passes": passes, "distinct_tokens": int(rows_NT.size), "written_tokens": int(own_NT.size),
