@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from delve_jax import compress, data, metrics, models, parallel, road
-from delve_jax.compress.refine import CE, FIRST, PASSES, WRITTEN, _divergence, refine
+from delve_jax.compress.refine import CE, FIRST, PASSES, WRITTEN, divergence_of, refine
 from delve_jax.config import DelveError
 from delve_jax.train import objective, optim, run
 
@@ -69,7 +69,7 @@ def control(cfg, params, parent, rows, eot, seed):
         notes = Path(folder) / "written"
         notes.mkdir()
         # `refine` reads it again; the parent's own divergence is 0, and so would be its rate
-        _divergence(cfg, params, dense, rows[:FIRST], notes / "divergence.json")
+        divergence_of(cfg, params, dense, rows[:FIRST], notes / "divergence.json")
         return refine(*dense, dense, rows, workdir=Path(folder), eot=eot, seed=seed)[0]
 
 

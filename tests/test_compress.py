@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import forward
 from flax import linen as nn
 from tokenizers import Tokenizer
 
@@ -358,7 +359,7 @@ def test_gradients_are_those_of_the_sampled_loss(family, tmp_path):
     sweep.boundaries()
     *_, mean_p_V = sweep.head()
     assert mean_p_V.sum() == pytest.approx(1, abs=1e-4)
-    logits = np.asarray(models.forward(cfg, params, jnp.asarray(tokens))[0])
+    logits = np.asarray(forward(cfg, params, jnp.asarray(tokens))[0])
     flat = logits.reshape(-1, logits.shape[-1])
     labels = [
         jax.random.categorical(jax.random.fold_in(jax.random.key(3), i), flat[i : i + HEAD_TOKENS])
@@ -550,7 +551,7 @@ def test_what_is_measured_is_the_divergence_of_the_result():
     params, tokens = trained_like(MAMBA), windows(MAMBA)
     cfg, small, report = compress(MAMBA, params, tokens, keep=0.6, progress=False, check=True)
     logs = [
-        jax.nn.log_softmax(models.forward(c, p, jnp.asarray(tokens))[0])
+        jax.nn.log_softmax(forward(c, p, jnp.asarray(tokens))[0])
         for c, p in ((MAMBA, params), (cfg, small))
     ]
     kl = float(np.mean(np.sum(np.exp(logs[0]) * (logs[0] - logs[1]), -1)))
@@ -660,8 +661,8 @@ def test_compressed_parent_runs_and_equals_its_explicit_product(family, method, 
             return {"kernel": materialise(tree), **rest}
         return {k: dense(a) if isinstance(a, dict) else a for k, a in tree.items()}
 
-    got, _ = models.forward(new, small, tokens)
-    want, _ = models.forward(dataclasses.replace(new, ranks=()), dense(small), tokens)
+    got, _ = forward(new, small, tokens)
+    want, _ = forward(dataclasses.replace(new, ranks=()), dense(small), tokens)
     assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
 
     out = json.loads(json.dumps(report.to_json()))
@@ -745,8 +746,8 @@ def test_keep_one_returns_the_parent(family):
     params, tokens = trained_like(cfg), windows(cfg, n=2)
     new, same, report = compress(cfg, params, tokens, keep=1.0, progress=False)
     assert new.ranks == () and report.plan.parameters == report.plan.total == models.count(new)
-    want, _ = models.forward(cfg, params, tokens)
-    got, _ = models.forward(new, same, tokens)
+    want, _ = forward(cfg, params, tokens)
+    got, _ = forward(new, same, tokens)
     np.testing.assert_array_equal(got, want)
     if cfg.vocab_rows == cfg.vocab_size:
         assert same is params
@@ -886,7 +887,7 @@ def test_accelerator_compresses_to_the_same_parent(family, tmp_path, request):
         SMALL[family], parents.open_layers(tmp_path / "stock"), tokens, keep=0.6, progress=False
     )
     cfg, params, report = run()
-    want = models.forward(cfg, params, tokens[:2])[0]
+    want = forward(cfg, params, tokens[:2])[0]
     request.getfixturevalue("accelerator")
     asked = []
     real = device.two_sided
@@ -897,7 +898,7 @@ def test_accelerator_compresses_to_the_same_parent(family, tmp_path, request):
     assert asked and all(a is not None for a in asked)
     assert again == cfg and got.plan == report.plan
     assert abs(got.measured["kl"] - report.measured["kl"]) < 1e-5
-    np.testing.assert_allclose(models.forward(cfg, params, tokens[:2])[0], want, atol=2e-3)
+    np.testing.assert_allclose(forward(cfg, params, tokens[:2])[0], want, atol=2e-3)
 
 
 def test_accelerator_compiles_every_program_once(tmp_path, caplog, accelerator):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import forward
 
 from delve_jax import checkpoint, data, diagnose, evaluate, models
 from delve_jax.config import DelveConfig, DelveError, NeoxConfig, RwkvConfig
@@ -115,7 +116,7 @@ def scored(place):
     parts = {"hybrid": pooled, **{f"stream {n}": x for n, x in zip(cfg.names, own, strict=True)}}
     for name in cfg.names:
         sub, p = checkpoint.restore(place / name)
-        parts[f"parent {name}"] = log_softmax(models.forward(sub, p, tokens)[0])
+        parts[f"parent {name}"] = log_softmax(forward(sub, p, tokens)[0])
     out, apart, end, free = [], [], 0, 0
     for b, start in enumerate(starts):
         for t in range(T):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import forward
 
 import delve_jax.evaluate as evaluate
 from delve_jax import data, look, models, tasks
@@ -139,7 +140,7 @@ def test_evaluate_counts_and_does_not_depend_on_the_batch(family):
     # one window over everything: the plain sum, and log 256 for the byte that nothing precedes
     whole = evaluate.evaluate(lm, TEXTS, window=len(raw), stride=1)
     tokens = np.frombuffer(raw, np.uint8).astype(np.int32)
-    logits, _ = models.forward(lm.config, lm.params, tokens[None, :-1])
+    logits, _ = forward(lm.config, lm.params, tokens[None, :-1])
     want = math.log(256) + sum(by_hand(logits[0], tokens[1:]))
     assert whole["nll_per_token"] * len(raw) == pytest.approx(want, rel=1e-5)
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import forward
 
 from delve_jax import checkpoint, models, parallel, parents, road
 from delve_jax.config import DelveConfig, DelveError, NeoxConfig, RwkvConfig
@@ -266,7 +267,7 @@ def test_one_parent_leaves_factored_as_a_delve_of_one_stream(tmp_path, family):
     runs = [model.generate(ids, use_cache=c, **kw) for c in (True, False)]
     assert torch.equal(*runs) and runs[0].shape == (1, 22)
     back, params, _ = export.read_exported_delve(tmp_path / "hf")
-    logits = models.forward(back, params, jnp.arange(10)[None])[0]
+    logits = forward(back, params, jnp.arange(10)[None])[0]
     np.testing.assert_allclose(logits, call(model, ids.numpy()).logits, atol=1e-4)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from compiled import forward
 from scipy.optimize import minimize
 
 from delve_jax import DelveError, models
@@ -37,7 +38,7 @@ def tokens():
 def log_p(parts, tokens):
     """Each parent's log-probabilities [K, n, V] and the targets, straight from `forward`."""
     out = [
-        np.asarray(jax.nn.log_softmax(models.forward(c, p, tokens[:, :-1])[0]), np.float64)
+        np.asarray(jax.nn.log_softmax(forward(c, p, tokens[:, :-1])[0]), np.float64)
         for _, c, p in parts
     ]
     return np.stack(out).reshape(3, -1, V), tokens[:, 1:].reshape(-1)
@@ -215,8 +216,8 @@ def test_common_codes_at_full_rank_are_the_parents(parts, tokens):
     weights = np.asarray(own["pool"]["a"])
     np.testing.assert_allclose(np.asarray(params["pool"]["a"]), weights, atol=2e-3)
     params["pool"], same = own["pool"], jax.nn.log_softmax
-    got = same(models.forward(cfg, params, tokens)[0])
-    want = same(models.forward(plain, own, tokens)[0])
+    got = same(forward(cfg, params, tokens)[0])
+    want = same(forward(plain, own, tokens)[0])
     np.testing.assert_allclose(got, want, atol=2e-4)
 
 
@@ -229,8 +230,8 @@ def test_common_codes_of_twins_cost_the_rank_of_one(parts, tokens):
     d = cfg.d_model  # two tables of V x d less, four factors of d x d more
     assert models.count(whole) - models.count(fused) == 2 * V * d - 4 * d * d
     small["pool"] = {"a": np.full(2, 0.5, np.float32)}
-    got = jax.nn.log_softmax(models.forward(fused, small, tokens)[0])
-    want = jax.nn.log_softmax(models.forward(cfg, params, tokens)[0])
+    got = jax.nn.log_softmax(forward(fused, small, tokens)[0])
+    want = jax.nn.log_softmax(forward(cfg, params, tokens)[0])
     np.testing.assert_allclose(got, want, atol=2e-4)
 
 
@@ -252,7 +253,7 @@ def test_the_metric_of_the_tables_is_the_gradient_of_the_loss(parts, tokens):
     found = codes.measure(cfg, params, tokens[:1, :6], seed=3)
     f_nD = np.asarray(models.features(cfg, params, tokens[:1, :6])[0], np.float64)[0]
     np.testing.assert_allclose(found.gram_DD, f_nD.T @ f_nD / 6, rtol=1e-4, atol=1e-5)
-    logits = models.forward(cfg, params, tokens[:1, :6])[0]
+    logits = forward(cfg, params, tokens[:1, :6])[0]
     p_nV = np.asarray(jax.nn.softmax(logits), np.float64)[0]
     np.testing.assert_allclose(found.predicted_V, p_nV.mean(0), atol=1e-6)
     label_n = jax.random.categorical(jax.random.key(3 * 2**16), logits[0], axis=-1)
@@ -260,7 +261,7 @@ def test_the_metric_of_the_tables_is_the_gradient_of_the_loss(parts, tokens):
     def nll(shift_nD):
         rows = params["embed"]["kernel"][tokens[0, :6]] + shift_nD
         inside = {**params, "embed": {"kernel": rows}}
-        out = models.forward(cfg, inside, np.arange(6)[None])[0][0]
+        out = forward(cfg, inside, np.arange(6)[None])[0][0]
         return -jax.nn.log_softmax(out)[np.arange(6), label_n].sum()
 
     g_nD = np.asarray(jax.grad(nll)(np.zeros((6, cfg.d_model), np.float32)), np.float64)

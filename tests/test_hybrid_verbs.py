@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from commands import bad, delve
+from compiled import forward
 
 import delve_jax
 from delve_jax import checkpoint, cli, compress, data, models, parents, training
@@ -317,5 +318,5 @@ def test_streams_of_the_model_are_parents_still(place):
     same, kept = parents.part(cfg, params, streams=cfg.names)
     assert same == cfg
     np.testing.assert_allclose(
-        models.forward(same, kept, TOKENS)[0], models.forward(cfg, params, TOKENS)[0], atol=1e-5
+        forward(same, kept, TOKENS)[0], forward(cfg, params, TOKENS)[0], atol=1e-5
     )

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from compiled import forward
 
 from delve_jax import DelveError, fuse, models, upcycle
 from delve_jax.compress import codes, joint, spectra
@@ -122,9 +123,9 @@ def test_the_fused_model_is_the_pool_of_what_was_compressed(half, parts):
     out, _ = half
     cfg, params, _ = fuse.fuse(out.parents, parts[0].tokens_NT[:4], shared=True)
     tokens = parts[0].tokens_NT[:2]
-    alone = [models.forward(c, p, tokens)[0] for _, c, p in out.parents]
+    alone = [forward(c, p, tokens)[0] for _, c, p in out.parents]
     pooled = sum(a * x for a, x in zip(params["pool"]["a"], alone, strict=True))
-    got = models.forward(cfg, params, tokens)[0]
+    got = forward(cfg, params, tokens)[0]
     want = jax.nn.log_softmax(pooled)
     np.testing.assert_allclose(jax.nn.log_softmax(got), want, atol=1e-4)
 

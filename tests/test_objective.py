@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiled import forward
 
 from delve_jax import data, models, parallel
 from delve_jax.config import DelveConfig, DelveError, MambaConfig, NeoxConfig
@@ -54,7 +55,7 @@ def parts_of(params, frozen):
     pooled = soft(delve.head(CFG, params, f))
     own = [soft(x) for x in delve.stream_logits(CFG, params, f)]
     outs = [
-        np.asarray(models.forward(sub, p, inputs)[0], np.float64)
+        np.asarray(forward(sub, p, inputs)[0], np.float64)
         for sub, p in zip(DENSE, frozen["teachers"], strict=True)
     ]
     rms = lambda x: x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)  # noqa: E731

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 import subprocess
 import sys
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from compiled import forward
 from stock_models import broken, built_once, equal, tensors, tokenizer_json, torch, transformers
 
 from delve_jax import models, parallel, parents
@@ -60,7 +62,7 @@ def test_export_loads_in_plain_transformers(sources, tmp_path, kind):
     tokens = np.arange(20).reshape(2, 10)
     with torch.no_grad():
         theirs = model.eval()(torch.tensor(tokens), use_cache=False).logits.numpy()
-    ours, _ = models.forward(cfg, params, tokens)
+    ours, _ = forward(cfg, params, tokens)
     assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
     first = json.loads((sources[kind] / "config.json").read_text())
     assert json.loads((tmp_path / "hf" / "config.json").read_text()) == first
@@ -136,7 +138,7 @@ def test_valid_ids_are_the_tokenizers(sources, tmp_path):
     cfg, params, text = parents.load(path)
     assert (cfg.vocab_size, cfg.vocab_rows) == (37, 40)
     assert params["embed"]["kernel"].shape[0] == 40
-    assert models.forward(cfg, params, np.zeros((1, 2), int))[0].shape == (1, 2, 37)
+    assert forward(cfg, params, np.zeros((1, 2), int))[0].shape == (1, 2, 37)
     parents.export_stock(cfg, params, tmp_path / "hf", text)
     equal(tensors(path), tensors(tmp_path / "hf"))
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -168,7 +170,7 @@ def test_trained_rwkv_from_pth_and_directory(tmp_path):
     assert cfg.vocab_size == 256 and tokenizer is None and parents.detect(pth) == "rwkv"
     for src in (pth, tmp_path / "hf"):
         cfg, params, _ = parents.load(src)
-        logits, _ = models.forward(cfg, params, tokens)
+        logits, _ = forward(cfg, params, tokens)
         assert np.abs(np.asarray(logits)[0, -1] - want).max() < 1e-4
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
 
@@ -222,3 +224,14 @@ def test_source_reads_slices(sources):
         whole = np.array(source.read("head.weight"))
         part = source.read("head.weight", (slice(3, 9), slice(1, 5)))
         np.testing.assert_array_equal(part, whole[3:9, 1:5])
+
+
+def test_a_header_of_any_length_is_mapped(sources, tmp_path):
+    """Then the tensors lie on odd addresses; our own and new files' headers are filled up to 8."""
+    shutil.copytree(sources["neox"], tmp_path / "odd")
+    file = tmp_path / "odd" / "model.safetensors"
+    raw = file.read_bytes()
+    (size,) = struct.unpack("<Q", raw[:8])
+    file.write_bytes(struct.pack("<Q", size + 3) + raw[8 : 8 + size] + b"   " + raw[8 + size :])
+    want, got = (parents.load(place)[1] for place in (sources["neox"], tmp_path / "odd"))
+    jax.tree.map(np.testing.assert_array_equal, got, want)

@@ -9,6 +9,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from compiled import forward
 
 from delve_jax import config, models, parents, upcycle
 from delve_jax.config import DelveError
@@ -114,7 +115,7 @@ def test_the_first_loss_of_delphi():
     cfg = preset("delphi-512")
     params = models.init_params(cfg, jax.random.key(0))
     tokens_BT = np.random.default_rng(0).integers(1, cfg.vocab_size, (1, 32))
-    logits_BTV = models.forward(cfg, params, tokens_BT)[0]
+    logits_BTV = forward(cfg, params, tokens_BT)[0]
     loss = jax.nn.logsumexp(logits_BTV, -1) - logits_BTV.mean(-1)
     assert cfg.vocab_size == 128256 and float(loss.mean()) == pytest.approx(12.25, abs=0.02)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiled import forward
 
 from delve_jax import models, plan
 from delve_jax.compress import compress, curves, moments, prune
@@ -171,7 +172,7 @@ def test_a_layer_may_lose_all_its_neurons(sizes, randomised):
     new_cfg, new = prune.apply(cfg, params, repaired_by_hand(params, cfg, sizes))
     assert models.count(new_cfg) == models.count(cfg) - (2 * F - sum(sizes)) * 2 * 16
     assert from_json(to_json(new_cfg)) == new_cfg
-    assert np.isfinite(models.forward(new_cfg, new, jnp.zeros((1, 4), int))[0]).all()
+    assert np.isfinite(forward(new_cfg, new, jnp.zeros((1, 4), int))[0]).all()
 
 
 @pytest.mark.parametrize("family", PARENTS)
@@ -180,7 +181,7 @@ def test_nothing_beyond_the_true_width_gets_a_gradient(family, randomised):
     params = randomised(cfg, 0)
     cfg, params = prune.apply(cfg, params, repaired_by_hand(params, cfg, (9, 25)))
     tokens_BT = jnp.arange(16).reshape(2, 8)
-    grads = jax.grad(lambda p: jnp.square(models.forward(cfg, p, tokens_BT)[0]).sum())(params)
+    grads = jax.grad(lambda p: jnp.square(forward(cfg, p, tokens_BT)[0]).sum())(params)
     *makers, reader = models.FAMILY[family].MLP
     for tree in (params, grads):
         for name in makers:
@@ -212,8 +213,8 @@ def test_repair_of_a_real_mlp_keeps_its_output(randomised):
     small_cfg, small = prune.apply(cfg, params, fits)
     assert small_cfg.neurons == (14, 14) and models.count(small_cfg) < models.count(cfg)
     np.testing.assert_allclose(
-        models.forward(small_cfg, small, tokens_BT)[0],
-        models.forward(cfg, params, tokens_BT)[0], atol=2e-4,
+        forward(small_cfg, small, tokens_BT)[0],
+        forward(cfg, params, tokens_BT)[0], atol=2e-4,
     )  # fmt: skip
 
 
@@ -288,7 +289,7 @@ def test_pruning_wins_where_neurons_repeat_each_other(repetitive):
     assert models.count(new) == report.plan.parameters == budget
     assert report.measured["kl"] < 1e-6 and report.bound <= report.expected < 1e-6
     np.testing.assert_allclose(
-        models.forward(new, small, tokens)[0], models.forward(cfg, params, tokens)[0], atol=2e-3
+        forward(new, small, tokens)[0], forward(cfg, params, tokens)[0], atol=2e-3
     )
     facts = json.loads(json.dumps(report.to_json()))
     assert facts["neurons"] == [12, 12] and not facts["maps"]
@@ -353,8 +354,8 @@ def test_fused_pruned_parents_are_their_pool(randomised):
     assert models.count(joint) == joints_count(joint) + sum(models.count(c) for _, c, _ in parts)
     assert from_json(to_json(joint)) == joint
     tokens = jnp.arange(16).reshape(2, 8)
-    pool = sum(0.5 * models.forward(c, p, tokens)[0] for _, c, p in parts)
-    got = jax.nn.log_softmax(models.forward(joint, params, tokens)[0])
+    pool = sum(0.5 * forward(c, p, tokens)[0] for _, c, p in parts)
+    got = jax.nn.log_softmax(forward(joint, params, tokens)[0])
     np.testing.assert_allclose(got, jax.nn.log_softmax(pool), atol=1e-4)
 
 

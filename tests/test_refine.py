@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import forward
 
 from delve_jax import checkpoint, cli, models, parents, road
 from delve_jax.compress import compress, refine
@@ -49,7 +50,7 @@ def test_it_comes_closer_to_the_parent_on_other_text(dense, tmp_path):
     cfg, small, _ = compress(CFG, dense, None, keep=0.5, method="svd", progress=False)
 
     def distance(params):
-        logits = [models.forward(c, p, jnp.asarray(held[:, :-1]))[0]
+        logits = [forward(c, p, jnp.asarray(held[:, :-1]))[0]
                   for c, p in ((CFG, dense), (cfg, params))]  # fmt: skip
         return float(objective.kl(*logits).mean())
 
@@ -60,7 +61,11 @@ def test_it_comes_closer_to_the_parent_on_other_text(dense, tmp_path):
     assert report["written_tokens"] == refine.WRITTEN * rows.size
     assert report["steps"] == -(-(refine.PASSES + refine.WRITTEN) * len(rows) // report["batch"])
     assert report["objective"] == "ce+kl" and report["teacher_weights"] == [1.0]
-    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["kl"] > 0
+    assert report["weights"] == {"ce": refine.CE, "kl": 1.0} and refine.CE == 0.1
+    told = read_metrics(tmp_path / "metrics.jsonl")
+    for row in told:
+        assert row["loss"] == pytest.approx(row["kl"] + 0.1 * row["nll"], rel=1e-5)
+    assert told[-1]["kl"] > 0
 
 
 def test_what_the_parent_writes_begins_like_the_text_and_is_written_once(
@@ -76,7 +81,7 @@ def test_what_the_parent_writes_begins_like_the_text_and_is_written_once(
     ends = own[:, refine.PROMPT :]
     assert 0 <= ends.min() and ends.max() < CFG.vocab_size and len(np.unique(ends)) > 40
     # sampled from the parent: its own ids are likelier to it than others
-    logits = models.forward(CFG, dense, jnp.asarray(own[:, :-1]))[0]
+    logits = forward(CFG, dense, jnp.asarray(own[:, :-1]))[0]
     nll = objective.cross_entropy(logits, jnp.asarray(own[:, 1:]))[:, refine.PROMPT :].mean()
     entropy = objective.kl(logits, jnp.zeros_like(logits))[:, refine.PROMPT :].mean()
     assert abs(float(nll) - (np.log(CFG.vocab_size) - float(entropy))) < 0.15

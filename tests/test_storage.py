@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from compiled import forward
 from jax.sharding import PartitionSpec as P
 
 from delve_jax import checkpoint, evaluate, models, parallel, parents
@@ -220,22 +221,22 @@ def test_dims_are_those_declared(form, shape):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pivot_gives_the_same_logits(family, made):
     cfg, params = FAMILIES[family], made[family]
-    want = models.forward(cfg, params, TOKENS)[0]
+    want = forward(cfg, params, TOKENS)[0]
     new, small = storage.convert(cfg, params, "pivot")
     assert new.storage == "pivot" and dataclasses.replace(new, storage="uv") == cfg
     got = jax.jit(models.forward, static_argnums=0)(new, small, TOKENS)[0]
     assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
     state = models.init_state(new, 2, 16)
-    _, state = models.forward(new, small, TOKENS[:, :7], state)
-    tail, _ = models.forward(new, small, TOKENS[:, 7:], state)
+    _, state = forward(new, small, TOKENS[:, :7], state)
+    tail, _ = forward(new, small, TOKENS[:, 7:], state)
     assert np.abs(tail - want[:, 7:]).max() < 1e-5 * np.abs(want).max()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_int8_gives_nearly_the_same_logits(family, made):
     cfg, params = FAMILIES[family], made[family]
-    want = models.forward(cfg, params, TOKENS)[0]
-    got = models.forward(*storage.convert(cfg, params, "int8"), TOKENS)[0]
+    want = forward(cfg, params, TOKENS)[0]
+    got = forward(*storage.convert(cfg, params, "int8"), TOKENS)[0]
     assert 0 < np.linalg.norm(got - want) < 0.03 * np.linalg.norm(want)
 
 
@@ -253,7 +254,7 @@ def test_random_parameters_of_a_form_run(form):
     abstract = models.abstract_params(cfg)
     random = models.init_params(cfg, jax.random.key(0))
     assert shapes(random) == shapes(abstract)
-    assert np.isfinite(models.forward(cfg, random, TOKENS)[0]).all()
+    assert np.isfinite(forward(cfg, random, TOKENS)[0]).all()
 
 
 def explicit(cfg, form):
@@ -312,10 +313,10 @@ def test_the_way_back(family, form, made):
 def test_a_delve_converts_stream_by_stream(made, randomised):
     cfg = joint_config([("mamba", MAMBA), ("rwkv", RWKV)])
     params = randomised(cfg, 2) | {"streams": {n: made[n] for n in cfg.names}}
-    want = models.forward(cfg, params, TOKENS)[0]
+    want = forward(cfg, params, TOKENS)[0]
     new, small = storage.convert(cfg, params, "pivot")
     assert {sub.storage for _, sub in new.streams} == {"pivot"}
-    assert np.abs(models.forward(new, small, TOKENS)[0] - want).max() < 1e-5 * np.abs(want).max()
+    assert np.abs(forward(new, small, TOKENS)[0] - want).max() < 1e-5 * np.abs(want).max()
     assert models.count(new) < models.count(cfg)
     joints = models.count(cfg) - sum(models.count(sub) for _, sub in cfg.streams)
     each = sum(evaluate.parameter_bytes(sub) for _, sub in new.streams)
@@ -331,9 +332,9 @@ def test_through_a_compressed_parent(form):
     small, factored, _ = compress(cfg, params, None, keep=0.6, method="svd", progress=False)
     new, stored = storage.convert(small, factored, form)
     assert new.ranks == small.ranks and small.ranks
-    want = np.asarray(models.forward(small, factored, TOKENS)[0])
+    want = np.asarray(forward(small, factored, TOKENS)[0])
     bar = 1e-5 if form == "pivot" else 0.05
-    assert np.abs(models.forward(new, stored, TOKENS)[0] - want).max() < bar * np.abs(want).max()
+    assert np.abs(forward(new, stored, TOKENS)[0] - want).max() < bar * np.abs(want).max()
 
 
 # ---- files, placement, training ------------------------------------------------------------------
@@ -362,8 +363,8 @@ def test_an_export_is_multiplied_out(made, tmp_path):
     checkpoint.save(tmp_path / "ckpt", cfg, params)
     export_hf(tmp_path / "ckpt", tmp_path / "hf", verify=False)
     again, dense, _ = parents.load(tmp_path / "hf")
-    want = np.asarray(models.forward(RWKV, made["rwkv"], TOKENS)[0])
-    assert np.abs(models.forward(again, dense, TOKENS)[0] - want).max() < 1e-5 * np.abs(want).max()
+    want = np.asarray(forward(RWKV, made["rwkv"], TOKENS)[0])
+    assert np.abs(forward(again, dense, TOKENS)[0] - want).max() < 1e-5 * np.abs(want).max()
 
 
 def test_old_configs_load_and_unknown_forms_do_not():

@@ -70,7 +70,7 @@ def refine(
     notes.mkdir(parents=True, exist_ok=True)
     own_NT = write(*dense, rows_NT, written, seed, notes)
     all_NT = np.concatenate([np.asarray(rows_NT)] * passes + [own_NT])
-    divergence = _divergence(cfg, params, dense, rows_NT[:FIRST], notes / "divergence.json")
+    divergence = divergence_of(cfg, params, dense, rows_NT[:FIRST], notes / "divergence.json")
 
     def open_data(T, batch, shard, shards):
         return data.batches(all_NT, batch, seed, shard, shards)
@@ -82,7 +82,7 @@ def refine(
     )  # fmt: skip
     return params, report | {
         "passes": passes, "distinct_tokens": int(rows_NT.size), "written_tokens": int(own_NT.size),
-        "divergence_before": divergence,
+        "divergence_before": divergence, "weights": {"ce": ce, "kl": 1.0},
     }  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def write(cfg, params, rows_NT, times: int, seed: int, folder: Path) -> np.ndarr
     return np.concatenate(out)
 
 
-def _divergence(cfg, params, dense, rows_NT, file: Path) -> float:
+def divergence_of(cfg, params, dense, rows_NT, file: Path) -> float:
     """Mean KL(dense || compressed) on some rows, nats a token; kept: a repeated call reads it."""
     if file.exists():
         return read_json(file)["kl"]

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import struct
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,18 +63,16 @@ class Safetensors:
     def __init__(self, file: Path):
         self.file = file
 
-    def open(self):
+    def entries(self) -> list[Entry]:
+        """All tensors; the library checks that header and file fit."""
         from safetensors import SafetensorError, safe_open
 
         try:
-            return safe_open(self.file, framework="numpy")
+            handle, out = safe_open(self.file, framework="numpy"), []
         except (OSError, SafetensorError, ValueError) as err:
             raise DelveError(
                 f"{self.file}: truncated or damaged file ({_one_line(err)}), fetch it again"
             ) from None
-
-    def entries(self) -> list[Entry]:
-        handle, out = self.open(), []
         for key in handle.keys():
             part = handle.get_slice(key)
             kind = part.get_dtype()
@@ -81,9 +80,21 @@ class Safetensors:
             out.append(Entry(key, key, self.file, tuple(part.get_shape()), dtype, kind))
         return out
 
+    def open(self) -> dict:
+        """Arrays of the mapped file (the library would copy each tensor once more)."""
+        with self.file.open("rb") as handle:
+            (size,) = struct.unpack("<Q", handle.read(8))
+            header = json.loads(handle.read(size))
+        raw, arrays = np.memmap(self.file, np.uint8, "r", 8 + size), {}
+        for key, entry in header.items():
+            if dtype := SAFE_DTYPES.get(entry.get("dtype")):
+                start, end = entry["data_offsets"]
+                arrays[key] = raw[start:end].view(np.ndarray).view(dtype).reshape(entry["shape"])
+        return arrays
+
     @staticmethod
     def read(handle, key: str, index: tuple[slice, ...]) -> np.ndarray:
-        return handle.get_slice(key)[index] if index else handle.get_tensor(key)
+        return handle[key][index]
 
 
 class TorchFile:
@@ -146,6 +157,7 @@ class Source:
         self.tensors: dict[str, Entry] = {}
         self._open: tuple | None = None  # (file, handle): one file at a time
         self._seen = 0
+        self._lock = threading.Lock()
         for reader in self.readers.values():
             for entry in reader.entries():
                 if entry.name in self.tensors:
@@ -172,8 +184,11 @@ class Source:
         return max((f.stat().st_size for f, r in self.readers.items() if not r.mapped), default=0)
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """A slice of a tensor in its stored dtype; copy it before the next read."""
-        entry = self.tensors[name]
+        """A slice of a tensor in its stored dtype, mapped where that can be; of any thread."""
+        with self._lock:
+            return self._read(self.tensors[name], index)
+
+    def _read(self, entry: Entry, index: tuple[slice, ...]) -> np.ndarray:
         reader = self.readers[entry.file]
         if (
             self._open is None

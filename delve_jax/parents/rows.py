@@ -59,11 +59,12 @@ class Row:
         return x.reshape(self.shape)
 
 
-def copy(out: np.ndarray, x: np.ndarray, band: int = 64, width: int = 256) -> None:
+def copy(out: np.ndarray, x: np.ndarray, band: int = 256, width: int = 512) -> None:
     """out[...] = x with a cast; a transposed x goes in tiles, cast and turned in the cache.
 
     Read where it lies, a column of x would meet the same few lines of the cache again and again:
     rows are a power of two apart. So each tile is first copied to rows that are not.
+    band: bytes of a row of `out` that are written at a time; width: rows.
     """
     bits = np.dtype(f"u{out.itemsize}")  # numpy moves its own types faster than bfloat16
     if x.dtype == out.dtype:
@@ -72,6 +73,7 @@ def copy(out: np.ndarray, x: np.ndarray, band: int = 64, width: int = 256) -> No
     if x.ndim < 2 or x.flags.c_contiguous:
         np.copyto(out, x, casting="unsafe")
         return
+    band //= out.itemsize
     tile, into = np.empty((band, width + 16), out.dtype), out.view(bits)
     for j in range(0, x.shape[1], band):
         for i in range(0, x.shape[0], width):

@@ -11,6 +11,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -26,6 +27,7 @@ from .io import SAFE_NAMES, SHARD_BYTES, Source, weight_files, write_safetensors
 from .rows import Fields, Row, copy, finite
 
 FAMILIES = {"mamba": mamba, "rwkv": rwkv, "neox": neox, "qwen3": qwen3}
+READERS = 2  # layers of a stacked array that are copied at a time
 MODEL_TYPES = {module.MODEL_TYPE: name for name, module in FAMILIES.items()}
 DTYPES = {np.dtype(t).name: np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16)}
 
@@ -205,8 +207,11 @@ def _reader(source: Source, row: Row, n_layers: int, dtype: np.dtype) -> Callabl
         if not row.stacked:
             fill(out, row.name, inner)
             return out
-        for slot, layer in enumerate(range(spans[0][0], spans[0][1])):
-            fill(out[slot], row.name.format(i=layer), inner[1:])
+        layers = range(*spans[0][:2])
+        # numpy copies without the interpreter's lock: two cores are faster than one
+        with ThreadPoolExecutor(READERS) as pool:
+            names = (row.name.format(i=layer) for layer in layers)
+            list(pool.map(fill, out, names, [inner[1:]] * len(layers)))
         return out
 
     return callback

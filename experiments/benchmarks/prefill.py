@@ -5,7 +5,8 @@ Two CPU cores, float32, one row, random weights, vocabulary 4,096. Peers: transf
 torch.compile for the attention families at 256), its mamba with mambapy's parallel scan, the
 `rwkv` package; the last two where they are installed (pip install --no-deps mambapy rwkv).
 Bars, against the fastest eager one: neox and qwen3 1.0, mamba 1.5, rwkv 2 at 256 tokens, 4 at
-1,024. Run at width 512 so far, without mamba, mambapy and the `rwkv` package.
+1,024. A side of its own are the products with the layers' maps alone, by PyTorch: the ratio of a
+program for which all else takes no time.
 """
 
 import os
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from decode import FAMILIES, LOST, WIDTHS, V
 from training import torch_model
-from turns import add_row, arguments, bars, old_rows, quiet_torch, summary, turns, write
+from turns import add_row, arguments, bars, old_rows, products, quiet_torch, summary, turns, write
 
 from delve_jax import models
 from delve_jax.lm import LM
@@ -103,7 +104,8 @@ def measure(name, D, T, repeats):
     if (name, T) in COMPILED:
         sides["torch.compile"] = of_transformers(model().eval(), ids_BT, compiled=True)
     sides["ours"] = lambda: np.asarray(lm.generate(prompt_BT, 1))[0, -1]
-    seconds, given = turns(sides, repeats)
+    alone = {"products": products(params, T)}
+    seconds, given = turns(sides | alone, repeats)
     logits_V = np.asarray(lm.logits(prompt_BT))[0, -1]
     apart = {
         side: float(abs(given[side] - logits_V).max() / abs(logits_V).max())
@@ -120,6 +122,7 @@ def measure(name, D, T, repeats):
         "family": name, "d_model": D, "T": T, "batch": 1, "parameters": models.count(cfg),
         "ratio": median[best] / median["ours"], "best": best, "bar": BARS[name, T],
         "ratios": {side: median[side] / median["ours"] for side in sides if side != "ours"},
+        "ratio_of_products": median[best] / median["products"],
         "tokens_per_second": {side: T / s for side, s in median.items()}, **found, "apart": apart,
     }  # fmt: skip
     if name in PEERS and PEERS[name] not in sides:

@@ -1,0 +1,152 @@
+"""From what size does a DELVE beat the best of its dense parents, which was not compressed at all?
+
+Command: python experiments/hybrid_pair.py [--only CELL ...] [--seeds N ...]; repeat it to go on.
+hybrid_curve.py fuses all four parents and heals them as `delve heal` does by default. Here the
+parents are those that the pool of the dense ones gives a weight (calibration text: rwkv 0.67,
+mamba 0.38, the others 0), and they are healed with the objective that hybrid_parts.py found best on
+its choose split: KL to the pool, each stream's KL to its own parent, hidden match. `delve X` has X
+times the parameters of the best dense parent (rwkv), all counted. Rivals, none compressed: both
+dense parents as they are; `healed rwkv`, the dense one trained on the same tokens towards the same
+pool; the pool of both, which is the teacher. Rates and the weight of cross-entropy were chosen
+on the choose split, seed 0 (`TRIES`); what is shown is the report split, three seeds.
+Cost: about ten minutes of a core a cell and seed. Result: experiments/results/hybrid_pair.json
+and .png.
+"""
+
+import argparse
+import dataclasses
+import sys
+
+import hybrid
+import numpy as np
+
+from delve_jax import fuse, models
+from delve_jax.config import DelveError
+from delve_jax.report import ACCENT, INK, KINDS, MUTED
+from delve_jax.train.objective import Terms
+
+NAMES, BEST = ("mamba", "rwkv"), "rwkv"
+SIZES = (0.5, 0.75, 1.0, 1.25)
+TERMS = Terms(ce=0.0, kl=1.0, streams=0.3, hidden=1.0)
+LR, CONTROL_LR = 1e-3, 1e-3
+# at 1.25, seed 0; the choose split decides
+TRIES = {
+    "try lr 2e-3": (TERMS, 2e-3),
+    "try lr 5e-4": (TERMS, 5e-4),
+    "try ce 0.1": (dataclasses.replace(TERMS, ce=0.1), LR),
+    "try KL alone": (dataclasses.replace(TERMS, streams=0.0, hidden=0.0), LR),
+}
+
+
+def of_delve(size, seed, terms=TERMS, lr=LR, key=""):
+    """A DELVE of both parents at `size` times the best one, healed."""
+    N = int(size * models.count(hybrid.dense(BEST)[0]))
+    cfg, params, _ = hybrid.hybrid(N, seed, NAMES)
+    before = hybrid.scored(cfg, params)
+    key = f"pair-{key or f'{size:g}'}-s{seed}".replace(" ", "-")
+    cfg, params = hybrid.healed(key, cfg, params, seed, NAMES, terms=terms, lr=lr)
+    return hybrid.scored(cfg, params, step_0=before["report"], step_0_choose=before["choose"])
+
+
+def of_dense(seed, lr=CONTROL_LR, key="healed"):
+    """The best dense parent trained on the same tokens towards the same pool."""
+    cfg, params = hybrid.single(BEST, 10**9, seed)
+    key = f"pair-{key}-{BEST}-s{seed}"
+    terms = Terms(ce=0.0, kl=1.0)
+    return hybrid.scored(*hybrid.healed(key, cfg, params, seed, NAMES, terms=terms, lr=lr))
+
+
+def of_pool(seed):
+    """The teacher: the dense parents side by side, weights fitted on calibration tokens."""
+    half = hybrid.calibration(seed)[: len(hybrid.calibration(seed)) // 2]
+    made = [(n, *hybrid.dense(n)[:2]) for n in NAMES]
+    return hybrid.scored(*fuse.fuse(made, half, connectors="none", seed=seed)[:2])
+
+
+CELLS = {
+    **{f"dense {n}": (lambda seed, n=n: hybrid.scored(*hybrid.dense(n)[:2])) for n in NAMES},
+    "pool": of_pool,
+    f"healed {BEST}": of_dense,
+    **{f"delve {x:g}": (lambda seed, x=x: of_delve(x, seed)) for x in SIZES},
+    **{name: (lambda seed, n=name, a=how: of_delve(1.25, seed, *a, key=n))
+       for name, how in TRIES.items()},
+    **{f"try healed {BEST}, lr {lr:g}": (lambda seed, lr=lr: of_dense(seed, lr, f"lr{lr:g}"))
+       for lr in (2e-3, 3e-4)},
+}  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=hybrid.SEEDS, metavar="N")
+    parser.add_argument("--only", nargs="+", choices=CELLS, default=list(CELLS), metavar="CELL")
+    args = parser.parse_args()
+    results = hybrid.Results("hybrid_pair", "python experiments/hybrid_pair.py",
+                             best=models.count(hybrid.dense(BEST)[0]))  # fmt: skip
+    todo = [
+        (cell, seed) for seed in args.seeds for cell in args.only
+        if seed == 0 or not cell.startswith(("try", "dense"))  # no seed draws a dense parent
+    ]  # fmt: skip
+    with hybrid.metrics.progress(len(todo), "pair", "cell") as bar:
+        for cell, seed in todo:
+            results.row(cell, seed, lambda c=cell, s=seed: CELLS[c](s))
+            bar.update(1)
+    results.save(**derived(results))
+    picture(results, results.path.with_suffix(".png"))
+
+
+def derived(results):
+    """Differences of every size from its rivals on report text, with paired intervals."""
+    dense = [dict(r, seed=s) for r in results.rows if r["cell"].startswith("dense ")
+             for s in hybrid.SEEDS if s != r["seed"]]  # fmt: skip
+    own, results.rows = results.rows, results.rows + dense
+    out = {
+        size: {rival: results.difference(f"delve {size:g}", rival)
+               for rival in ("dense mamba", "dense rwkv", f"healed {BEST}", "pool")}
+        for size in SIZES
+    }  # fmt: skip
+    results.rows = own
+    return {"delve_minus": {f"{size:g}": {k: v for k, v in gaps.items() if v}
+                            for size, gaps in out.items() if any(gaps.values())}}  # fmt: skip
+
+
+def picture(results, file):
+    """Nats over N: the DELVE with a mark a seed, its rivals where they stand."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(6.4, 4), dpi=150, layout="constrained")
+    best = models.count(hybrid.dense(BEST)[0])
+    cells = [f"delve {x:g}" for x in SIZES if results.cell(f"delve {x:g}")]
+    mine = [[r for r in results.rows if r["cell"] == c] for c in cells]
+    x = [np.mean([r["parameters"] for r in rows]) / best for rows in mine]
+    ax.plot(x, [np.mean([r["step_0"] for r in rows]) for rows in mine], "--", color=ACCENT, lw=1,
+            label="DELVE before healing")  # fmt: skip
+    ax.plot(x, [np.mean([r["report"] for r in rows]) for rows in mine], "-", color=ACCENT, lw=2,
+            label="DELVE")  # fmt: skip
+    for at, rows in zip(x, mine, strict=True):
+        ax.plot([at] * len(rows), [r["report"] for r in rows], "D", color=ACCENT, ms=4, alpha=0.6)
+    for cell, colour, style in (
+        ("dense mamba", KINDS[3 + hybrid.NAMES.index("mamba")], ":"),
+        ("dense rwkv", KINDS[3 + hybrid.NAMES.index("rwkv")], "-"),
+        (f"healed {BEST}", MUTED, "--"), ("pool", INK, ":"),
+    ):  # fmt: skip
+        if rows := [r for r in results.rows if r["cell"] == cell]:
+            size = np.mean([r["parameters"] for r in rows]) / best
+            label = {"pool": "pool of both", f"healed {BEST}": f"dense {BEST}, trained alike"}
+            ax.axhline(np.mean([r["report"] for r in rows]), color=colour, ls=style,
+                       label=f"{label.get(cell, cell)} ({size:.2f})")  # fmt: skip
+    ax.set(xlabel=f"parameters, in units of dense {BEST}", ylabel="nats per token, report split")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=8, frameon=False)
+    fig.savefig(file)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DelveError as err:
+        sys.exit(f"error: {err}")
