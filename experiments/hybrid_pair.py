@@ -3,14 +3,15 @@
 Command: python experiments/hybrid_pair.py [--only CELL ...] [--seeds N ...]; repeat it to go on.
 hybrid_curve.py fuses all four parents and heals them as `delve heal` does by default. Here the
 parents are those that the pool of the dense ones gives a weight (calibration text: rwkv 0.67,
-mamba 0.38, the others 0), and they are healed with the objective that hybrid_parts.py found best on
-its choose split: KL to the pool, each stream's KL to its own parent, hidden match. `delve X` has X
-times the parameters of the best dense parent (rwkv), all counted. Rivals, none compressed: both
-dense parents as they are; `healed rwkv`, the dense one trained on the same tokens towards the same
-pool; the pool of both, which is the teacher. Rates and the weight of cross-entropy were chosen
-on the choose split, seed 0 (`TRIES`); what is shown is the report split, three seeds.
-Cost: about ten minutes of a core a cell and seed. Result: experiments/results/hybrid_pair.json
-and .png.
+mamba 0.36, the others 0), and they are healed with the objective that hybrid_parts.py found best on
+its choose split (KL to the pool, each stream's KL to its own parent, hidden match) and a tenth of
+cross-entropy, as experiments/refinement.py found best for one parent. `delve X` has X times the
+parameters of the best dense parent (rwkv), all counted. Rivals, none compressed: both dense parents
+as they are; `healed rwkv`, the dense one trained on the same tokens towards the same pool; the pool
+of both, which is the teacher. Rates and the weight of cross-entropy were chosen on the choose
+split, seed 0 (`TRIES`); what is shown is the report split, three seeds.
+Cost: about ten minutes of a core a cell and seed, `longer` thirty.
+Result: experiments/results/hybrid_pair.json and .png.
 """
 
 import argparse
@@ -26,34 +27,33 @@ from delve_jax.report import ACCENT, INK, KINDS, MUTED
 from delve_jax.train.objective import Terms
 
 NAMES, BEST = ("mamba", "rwkv"), "rwkv"
-SIZES = (0.5, 0.75, 1.0, 1.25)
-TERMS = Terms(ce=0.0, kl=1.0, streams=0.3, hidden=1.0)
-LR, CONTROL_LR = 1e-3, 1e-3
+SIZES = (1.0, 1.25, 1.5)
+TERMS = Terms(ce=0.1, kl=1.0, streams=0.3, hidden=1.0)
+LR, CONTROL_LR = 1e-3, 3e-4
+LONGER = 4 * hybrid.HEAL
+NO_CE = dataclasses.replace(TERMS, ce=0.0)
 # at 1.25, seed 0; the choose split decides
-TRIES = {
-    "try lr 2e-3": (TERMS, 2e-3),
-    "try lr 5e-4": (TERMS, 5e-4),
-    "try ce 0.1": (dataclasses.replace(TERMS, ce=0.1), LR),
-    "try KL alone": (dataclasses.replace(TERMS, streams=0.0, hidden=0.0), LR),
+TRIES = {f"try lr {lr:g}, ce 0": (NO_CE, lr) for lr in (2e-3, 1e-3, 5e-4)} | {
+    "try ce 0.3": (dataclasses.replace(TERMS, ce=0.3), LR),
 }
 
 
-def of_delve(size, seed, terms=TERMS, lr=LR, key=""):
+def of_delve(size, seed, terms=TERMS, lr=LR, key="", tokens=hybrid.HEAL):
     """A DELVE of both parents at `size` times the best one, healed."""
     N = int(size * models.count(hybrid.dense(BEST)[0]))
     cfg, params, _ = hybrid.hybrid(N, seed, NAMES)
     before = hybrid.scored(cfg, params)
     key = f"pair-{key or f'{size:g}'}-s{seed}".replace(" ", "-")
-    cfg, params = hybrid.healed(key, cfg, params, seed, NAMES, terms=terms, lr=lr)
+    cfg, params = hybrid.healed(key, cfg, params, seed, NAMES, tokens, terms, lr=lr)
     return hybrid.scored(cfg, params, step_0=before["report"], step_0_choose=before["choose"])
 
 
-def of_dense(seed, lr=CONTROL_LR, key="healed"):
+def of_dense(seed, lr=CONTROL_LR, key="healed", tokens=hybrid.HEAL):
     """The best dense parent trained on the same tokens towards the same pool."""
     cfg, params = hybrid.single(BEST, 10**9, seed)
     key = f"pair-{key}-{BEST}-s{seed}"
-    terms = Terms(ce=0.0, kl=1.0)
-    return hybrid.scored(*hybrid.healed(key, cfg, params, seed, NAMES, terms=terms, lr=lr))
+    terms = Terms(ce=TERMS.ce, kl=1.0)
+    return hybrid.scored(*hybrid.healed(key, cfg, params, seed, NAMES, tokens, terms, lr=lr))
 
 
 def of_pool(seed):
@@ -67,11 +67,13 @@ CELLS = {
     **{f"dense {n}": (lambda seed, n=n: hybrid.scored(*hybrid.dense(n)[:2])) for n in NAMES},
     "pool": of_pool,
     f"healed {BEST}": of_dense,
+    f"healed {BEST}, longer": lambda seed: of_dense(seed, key="longer", tokens=LONGER),
+    "delve 1.25, longer": lambda seed: of_delve(1.25, seed, key="longer", tokens=LONGER),
     **{f"delve {x:g}": (lambda seed, x=x: of_delve(x, seed)) for x in SIZES},
     **{name: (lambda seed, n=name, a=how: of_delve(1.25, seed, *a, key=n))
        for name, how in TRIES.items()},
     **{f"try healed {BEST}, lr {lr:g}": (lambda seed, lr=lr: of_dense(seed, lr, f"lr{lr:g}"))
-       for lr in (2e-3, 3e-4)},
+       for lr in (1e-3, 1e-4)},
 }  # fmt: skip
 
 
@@ -83,7 +85,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=CELLS, default=list(CELLS), metavar="CELL")
     args = parser.parse_args()
     results = hybrid.Results("hybrid_pair", "python experiments/hybrid_pair.py",
-                             best=models.count(hybrid.dense(BEST)[0]))  # fmt: skip
+                             best=models.count(hybrid.dense(BEST)[0]), longer=LONGER)  # fmt: skip
     todo = [
         (cell, seed) for seed in args.seeds for cell in args.only
         if seed == 0 or not cell.startswith(("try", "dense"))  # no seed draws a dense parent
@@ -97,18 +99,17 @@ def main():
 
 
 def derived(results):
-    """Differences of every size from its rivals on report text, with paired intervals."""
+    """Differences of every DELVE from its rivals on report text, with paired intervals."""
     dense = [dict(r, seed=s) for r in results.rows if r["cell"].startswith("dense ")
              for s in hybrid.SEEDS if s != r["seed"]]  # fmt: skip
     own, results.rows = results.rows, results.rows + dense
     out = {
-        size: {rival: results.difference(f"delve {size:g}", rival)
-               for rival in ("dense mamba", "dense rwkv", f"healed {BEST}", "pool")}
-        for size in SIZES
+        cell: {rival: results.difference(cell, rival)
+               for rival in CELLS if not rival.startswith(("try", "delve")) and results.cell(rival)}
+        for cell in CELLS if cell.startswith("delve") and results.cell(cell)
     }  # fmt: skip
     results.rows = own
-    return {"delve_minus": {f"{size:g}": {k: v for k, v in gaps.items() if v}
-                            for size, gaps in out.items() if any(gaps.values())}}  # fmt: skip
+    return {"delve_minus": out}
 
 
 def picture(results, file):
@@ -127,8 +128,12 @@ def picture(results, file):
             label="DELVE before healing")  # fmt: skip
     ax.plot(x, [np.mean([r["report"] for r in rows]) for rows in mine], "-", color=ACCENT, lw=2,
             label="DELVE")  # fmt: skip
-    for at, rows in zip(x, mine, strict=True):
-        ax.plot([at] * len(rows), [r["report"] for r in rows], "D", color=ACCENT, ms=4, alpha=0.6)
+    for r in (r for rows in mine for r in rows):
+        ax.plot(r["parameters"] / best, r["report"], "D", color=ACCENT, ms=4, alpha=0.6)
+    longer = [r for r in results.rows if r["cell"].startswith("delve") and "longer" in r["cell"]]
+    ax.plot([r["parameters"] / best for r in longer], [r["report"] for r in longer], "*", ms=9,
+            color=ACCENT, alpha=0.6,
+            label=f"DELVE, {LONGER // hybrid.HEAL} times the tokens")  # fmt: skip
     for cell, colour, style in (
         ("dense mamba", KINDS[3 + hybrid.NAMES.index("mamba")], ":"),
         ("dense rwkv", KINDS[3 + hybrid.NAMES.index("rwkv")], "-"),

@@ -89,6 +89,32 @@ def hybrid_elastic() -> str:
     ])  # fmt: skip
 
 
+def hybrid_pair() -> str:
+    """A DELVE of the two parents that the pool wants, against dense ones."""
+    r = json.loads((RESULTS / "hybrid_pair.json").read_text())
+    cells, rows = _cells(r["rows"]), []
+    for name in sorted(cells, key=lambda c: _mean(cells[c], "report")):
+        if name.startswith("try"):
+            continue
+        mine, gaps = cells[name], r["delve_minus"].get(name, {})
+        before = f"{_mean(mine, 'step_0'):.4f}" if "step_0" in mine[0] else ""
+        size = _mean(mine, "parameters")
+        rows.append((name, f"{size:,.0f} ({size / r['best']:.2f})", f"{len(mine)}", before,
+                     f"{_mean(mine, 'report'):.4f}", _gap(gaps.get("dense rwkv"))))  # fmt: skip
+    head = (
+        "model",
+        "parameters (of dense rwkv)",
+        "seeds",
+        "step 0",
+        "nats",
+        "minus dense rwkv, 95 %",
+    )
+    return "\n".join([
+        f"Nats per token on {r['scored_tokens']:,} report tokens; {r['healing_tokens']:,} tokens "
+        f"of healing, `longer` {r['longer']:,}:", "", *_table(head, rows),
+    ])  # fmt: skip
+
+
 def hybrid_curve() -> str:
     """DELVE against what else the same parameters and tokens could be."""
     r = json.loads((RESULTS / "hybrid_curve.json").read_text())

@@ -70,14 +70,16 @@ def prefill() -> str:
     rows = [
         (x["family"], f"{x['d_model']:,}", f"{x['T']:,}", f"{x['tokens_per_second']['ours']:,.0f}",
          *(f"{x['tokens_per_second'][p]:,.0f}" if p in x["ratios"] else "" for p in peers),
-         _met(x["ratio"], x["bar"]))
+         _met(x["ratio"], x["bar"]),
+         f"{x['ratio_of_products']:.2f}" if "ratio_of_products" in x else "")
         for x in r["rows"]
     ]  # fmt: skip
     missing = sorted({x["missing"] for x in r["rows"] if "missing" in x})
     text = [
         "Tokens/s of one row, float32; ratio to the fastest eager peer, its bar in brackets, bold "
-        "where missed:", "",
-        *table(("family", "width", "T", "ours", *peers, "ratio"), rows),
+        "where missed. Products: the ratio of PyTorch's products with the layers' maps alone, as "
+        "if all else took no time:", "",
+        *table(("family", "width", "T", "ours", *peers, "ratio", "products"), rows),
     ]  # fmt: skip
     return "\n".join(text + ["", f"Not installed there: {', '.join(missing)}."] * bool(missing))
 

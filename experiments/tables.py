@@ -12,6 +12,7 @@ from hybrid_tables import (
     hybrid_curve,
     hybrid_diversity,
     hybrid_elastic,
+    hybrid_pair,
     hybrid_parts,
     hybrid_sources,
     hybrid_tasks,
@@ -380,8 +381,8 @@ BLOCKS = (
     quickstart, proxies, interruption, sharding, training, optimisers, compression,
     shared_tables, refinement, generation, decode, prefill, growth, loading, accelerator,
     compress_memory, compress_accelerator,
-    hybrid_diversity, hybrid_curve, hybrid_tasks, hybrid_sources, hybrid_parts, hybrid_elastic,
-    delphi, ladder, lora, tiers,
+    hybrid_diversity, hybrid_curve, hybrid_tasks, hybrid_sources, hybrid_parts, hybrid_pair,
+    hybrid_elastic, delphi, ladder, lora, tiers,
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from compiled import forward
 from stock_models import broken, built_once, equal, tensors, tokenizer_json, torch, transformers
 
 from delve_jax import models, parallel, parents
+from delve_jax.config import DelveError
 from delve_jax.parents import stock
 from delve_jax.parents.io import Source, weight_files
 
@@ -235,3 +236,11 @@ def test_a_header_of_any_length_is_mapped(sources, tmp_path):
     file.write_bytes(struct.pack("<Q", size + 3) + raw[8 : 8 + size] + b"   " + raw[8 + size :])
     want, got = (parents.load(place)[1] for place in (sources["neox"], tmp_path / "odd"))
     jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_a_file_that_went_away_is_named(sources, tmp_path):
+    shutil.copytree(sources["neox"], tmp_path / "gone")
+    source = Source(tmp_path / "gone", weight_files(tmp_path / "gone"))
+    (tmp_path / "gone" / "model.safetensors").unlink()
+    with pytest.raises(DelveError, match=r"model\.safetensors: tensor .* cannot be read"):
+        source.read(next(iter(source.tensors)))

@@ -190,16 +190,14 @@ class Source:
 
     def _read(self, entry: Entry, index: tuple[slice, ...]) -> np.ndarray:
         reader = self.readers[entry.file]
-        if (
-            self._open is None
-            or self._open[0] != entry.file
-            or self._seen > WINDOW
-            and reader.mapped
-        ):
-            self._open = None  # drop the old mapping before making the new one
-            self._open, self._seen = (entry.file, reader.open()), 0
+        again = self._open is None or self._open[0] != entry.file
         try:
+            if again or self._seen > WINDOW and reader.mapped:
+                self._open = None  # drop the old mapping before making the new one
+                self._open, self._seen = (entry.file, reader.open()), 0
             piece = reader.read(self._open[1], entry.key, index)
+        except DelveError:
+            raise
         except Exception as err:
             raise DelveError(
                 f"{entry.file}: tensor {entry.key} cannot be read ({_one_line(err)})"
