@@ -29,31 +29,35 @@ from delve_jax.train.objective import Terms
 NAMES, BEST = ("mamba", "rwkv"), "rwkv"
 SIZES = (1.0, 1.25, 1.5)
 TERMS = Terms(ce=0.1, kl=1.0, streams=0.3, hidden=1.0)
-LR, CONTROL_LR = 1e-3, 3e-4
+BATCH, LR, CONTROL_LR = 8, 1e-3, 3e-4  # windows a step
 LONGER = 4 * hybrid.HEAL
 NO_CE = dataclasses.replace(TERMS, ce=0.0)
 # at 1.25, seed 0; the choose split decides
 TRIES = {f"try lr {lr:g}, ce 0": (NO_CE, lr) for lr in (2e-3, 1e-3, 5e-4)} | {
     "try ce 0.3": (dataclasses.replace(TERMS, ce=0.3), LR),
+    "try batch 2, lr 0.001": (TERMS, 1e-3, 2),
+    "try batch 2, lr 0.0005": (TERMS, 5e-4, 2),
 }
 
 
-def of_delve(size, seed, terms=TERMS, lr=LR, key="", tokens=hybrid.HEAL):
+def of_delve(size, seed, terms=TERMS, lr=LR, batch=BATCH, key="", tokens=hybrid.HEAL):
     """A DELVE of both parents at `size` times the best one, healed."""
     N = int(size * models.count(hybrid.dense(BEST)[0]))
     cfg, params, _ = hybrid.hybrid(N, seed, NAMES)
     before = hybrid.scored(cfg, params)
     key = f"pair-{key or f'{size:g}'}-s{seed}".replace(" ", "-")
-    cfg, params = hybrid.healed(key, cfg, params, seed, NAMES, tokens, terms, lr=lr)
+    cfg, params = hybrid.healed(key, cfg, params, seed, NAMES, tokens, terms, lr=lr, batch=batch)
     return hybrid.scored(cfg, params, step_0=before["report"], step_0_choose=before["choose"])
 
 
-def of_dense(seed, lr=CONTROL_LR, key="healed", tokens=hybrid.HEAL):
+def of_dense(seed, lr=CONTROL_LR, batch=BATCH, key="healed", tokens=hybrid.HEAL):
     """The best dense parent trained on the same tokens towards the same pool."""
     cfg, params = hybrid.single(BEST, 10**9, seed)
     key = f"pair-{key}-{BEST}-s{seed}"
     terms = Terms(ce=TERMS.ce, kl=1.0)
-    return hybrid.scored(*hybrid.healed(key, cfg, params, seed, NAMES, tokens, terms, lr=lr))
+    return hybrid.scored(
+        *hybrid.healed(key, cfg, params, seed, NAMES, tokens, terms, lr=lr, batch=batch)
+    )
 
 
 def of_pool(seed):
