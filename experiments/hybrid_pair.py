@@ -10,7 +10,7 @@ parameters of the best dense parent (rwkv), all counted. Rivals, none compressed
 as they are; `healed rwkv`, the dense one trained on the same tokens towards the same pool; the pool
 of both, which is the teacher. Rates and the weight of cross-entropy were chosen on the choose
 split, seed 0 (`TRIES`); what is shown is the report split, three seeds.
-Cost: about ten minutes of a core a cell and seed, `longer` thirty.
+Cost: about nine minutes of a core a cell and seed, `longer` twenty.
 Result: experiments/results/hybrid_pair.json and .png.
 """
 
@@ -72,8 +72,10 @@ CELLS = {
     "pool": of_pool,
     f"healed {BEST}": of_dense,
     f"healed {BEST}, longer": lambda seed: of_dense(seed, key="longer", tokens=LONGER),
-    "delve 1.25, longer": lambda seed: of_delve(1.25, seed, key="longer", tokens=LONGER),
     **{f"delve {x:g}": (lambda seed, x=x: of_delve(x, seed)) for x in SIZES},
+    **{f"delve {x:g}, longer":
+       (lambda seed, x=x: of_delve(x, seed, key=f"{x:g}-longer", tokens=LONGER))
+       for x in (1.25, 1.5)},
     **{name: (lambda seed, n=name, a=how: of_delve(1.25, seed, *a, key=n))
        for name, how in TRIES.items()},
     **{f"try healed {BEST}, lr {lr:g}": (lambda seed, lr=lr: of_dense(seed, lr, f"lr{lr:g}"))
