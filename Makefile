@@ -19,7 +19,7 @@ quickstart: .venv/.ready
 
 # a worker that crashed is not replaced: xdist 3.8 may then wait for ever (its issue 784)
 test: .venv/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(ARGS)
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

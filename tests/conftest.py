@@ -32,6 +32,17 @@ from delve_jax import models  # noqa: E402
 gc.set_threshold(50_000, 20, 10)
 
 
+# minutes each: begun last, one of them would run alone beside an idle core
+LONGEST = ("hybrid_verbs", "cli", "compress", "export", "faults", "train", "notebooks", "proxies",
+           "doc_commands", "sweep", "joint")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first (xdist's own order, the files of most tests first, is off)."""
+    rank = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def few_memory_maps():
     """Every compiled program keeps several; past vm.max_map_count (65,530) XLA crashes."""
