@@ -78,7 +78,7 @@ CELLS = {
        for x in (1.25, 1.5)},
     **{name: (lambda seed, n=name, a=how: of_delve(1.25, seed, *a, key=n))
        for name, how in TRIES.items()},
-    **{f"try healed {BEST}, lr {lr:g}": (lambda seed, lr=lr: of_dense(seed, lr, f"lr{lr:g}"))
+    **{f"try healed {BEST}, lr {lr:g}": (lambda seed, lr=lr: of_dense(seed, lr, key=f"lr{lr:g}"))
        for lr in (1e-3, 1e-4)},
 }  # fmt: skip
 
@@ -143,11 +143,16 @@ def picture(results, file):
     for cell, colour, style in (
         ("dense mamba", KINDS[3 + hybrid.NAMES.index("mamba")], ":"),
         ("dense rwkv", KINDS[3 + hybrid.NAMES.index("rwkv")], "-"),
-        (f"healed {BEST}", MUTED, "--"), ("pool", INK, ":"),
+        (f"healed {BEST}", MUTED, "--"), (f"healed {BEST}, longer", MUTED, "-."),
+        ("pool", INK, ":"),
     ):  # fmt: skip
         if rows := [r for r in results.rows if r["cell"] == cell]:
             size = np.mean([r["parameters"] for r in rows]) / best
-            label = {"pool": "pool of both", f"healed {BEST}": f"dense {BEST}, trained alike"}
+            label = {
+                "pool": "pool of both",
+                f"healed {BEST}": f"dense {BEST}, trained alike",
+                f"healed {BEST}, longer": f"the same, {LONGER // hybrid.HEAL} times the tokens",
+            }
             ax.axhline(np.mean([r["report"] for r in rows]), color=colour, ls=style,
                        label=f"{label.get(cell, cell)} ({size:.2f})")  # fmt: skip
     ax.set(xlabel=f"parameters, in units of dense {BEST}", ylabel="nats per token, report split")
