@@ -7,6 +7,8 @@ document hash: calibrate (compression, pool weights), train (healing), choose (w
 report (what is shown). All models are counted whole: tables, hub, gate and pool included.
 """
 
+import argparse
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -219,7 +221,15 @@ def scored(cfg, params, **more):
     return row
 
 
-# ---- results -------------------------------------------------------------------------------------
+# ---- flags and results ---------------------------------------------------------------------------
+
+
+def flags(doc, cells, metavar="CELL"):
+    """The flags that the studies share: which cells, which seeds."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=cells, default=list(cells), metavar=metavar)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="N")
+    return parser
 
 
 def as_row(cell, seed, fields):
@@ -272,6 +282,15 @@ class Results:
     def cell(self, cell, split="report"):
         """{seed: nats of every sequence} of a cell."""
         return {r["seed"]: np.array(r[f"{split}_each"]) for r in self.rows if r["cell"] == cell}
+
+    def at_every_seed(self, start):
+        """A copy in which cells that begin so, which no seed drew, stand at every seed."""
+        out = copy.copy(self)
+        out.rows = self.rows + [
+            {**row, "seed": seed} for row in self.rows if row["cell"].startswith(start)
+            for seed in SEEDS if seed != row["seed"]
+        ]  # fmt: skip
+        return out
 
     def difference(self, one, other, split="report"):
         """Mean of one - other, nats a token, over their common seeds, with a 95 % interval.

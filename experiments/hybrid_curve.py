@@ -11,8 +11,6 @@ Cost: about 25 minutes of a core a size and seed.
 Result: experiments/results/hybrid_curve.json and README, the losing region included.
 """
 
-import argparse
-import copy
 import dataclasses
 import sys
 
@@ -100,12 +98,8 @@ MAKERS = {
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = hybrid.flags(__doc__, MAKERS, "KIND")
     parser.add_argument("--sizes", nargs="+", type=float, default=SIZES, metavar="X")
-    parser.add_argument("--seeds", nargs="+", type=int, default=hybrid.SEEDS, metavar="N")
-    parser.add_argument("--only", nargs="+", choices=MAKERS, default=list(MAKERS), metavar="KIND")
     parser.add_argument("--out", default="hybrid_curve", help="name of the results")
     args = parser.parse_args()
     results = hybrid.Results(args.out, "python experiments/hybrid_curve.py",
@@ -131,12 +125,7 @@ def derived(results):
     sizes = {r["cell"].split()[1] for r in results.rows if r["cell"].startswith("delve ")}
     sizes = sorted(sizes, key=float)
     rivals = [kind for kind in MAKERS if kind != "delve"]
-    dense = copy.copy(results)  # no seed drew a dense parent: its one row stands at all of them
-    dense.rows = results.rows + [
-        {**row, "seed": seed}
-        for row in results.rows if row["cell"].startswith("dense ")
-        for seed in hybrid.SEEDS if seed != row["seed"]
-    ]  # fmt: skip
+    dense = results.at_every_seed("dense ")
     against = {
         size: {k: results.difference(f"delve {size}", f"{k} {size}") for k in rivals
                if results.cell(f"{k} {size}")} for size in sizes

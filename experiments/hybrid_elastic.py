@@ -9,7 +9,6 @@ of `half`. Cost: about half an hour of two cores a seed. Result:
 experiments/results/hybrid_elastic.json and .png.
 """
 
-import argparse
 import sys
 
 import hybrid
@@ -69,12 +68,7 @@ def picture(rows, file):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, default=hybrid.SEEDS, metavar="N")
-    parser.add_argument("--only", nargs="+", choices=CELLS, default=list(CELLS), metavar="CELL")
-    args = parser.parse_args()
+    args = hybrid.flags(__doc__, CELLS).parse_args()
     results = hybrid.Results("hybrid_elastic", "python experiments/hybrid_elastic.py",
                              parameters=N, rank_drop=LEAST, bar=0.03)  # fmt: skip
     with hybrid.metrics.progress(len(args.seeds) * len(args.only), "elastic", "cell") as bar:

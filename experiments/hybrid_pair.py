@@ -14,7 +14,6 @@ Cost: about nine minutes of a core a cell and seed, `longer` twenty.
 Result: experiments/results/hybrid_pair.json and .png.
 """
 
-import argparse
 import dataclasses
 import sys
 
@@ -84,12 +83,7 @@ CELLS = {
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, default=hybrid.SEEDS, metavar="N")
-    parser.add_argument("--only", nargs="+", choices=CELLS, default=list(CELLS), metavar="CELL")
-    args = parser.parse_args()
+    args = hybrid.flags(__doc__, CELLS).parse_args()
     results = hybrid.Results("hybrid_pair", "python experiments/hybrid_pair.py",
                              best=models.count(hybrid.dense(BEST)[0]), longer=LONGER)  # fmt: skip
     todo = [
@@ -106,15 +100,12 @@ def main():
 
 def derived(results):
     """Differences of every DELVE from its rivals on report text, with paired intervals."""
-    dense = [dict(r, seed=s) for r in results.rows if r["cell"].startswith("dense ")
-             for s in hybrid.SEEDS if s != r["seed"]]  # fmt: skip
-    own, results.rows = results.rows, results.rows + dense
+    results = results.at_every_seed("dense ")
     out = {
         cell: {rival: results.difference(cell, rival)
                for rival in CELLS if not rival.startswith(("try", "delve")) and results.cell(rival)}
         for cell in CELLS if cell.startswith("delve") and results.cell(cell)
     }  # fmt: skip
-    results.rows = own
     return {"delve_minus": out}
 
 

@@ -13,7 +13,6 @@ Result: experiments/results/hybrid_parts.json and docs/results.md; the rule for 
 that does not help at 95 % on three seeds is off by default.
 """
 
-import argparse
 import dataclasses
 import sys
 
@@ -156,11 +155,7 @@ def subset(cfg, params, names, seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--only", nargs="+", choices=CELLS, default=list(CELLS), metavar="CELL")
-    parser.add_argument("--seeds", nargs="+", type=int, default=hybrid.SEEDS, metavar="N")
+    parser = hybrid.flags(__doc__, CELLS)
     parser.add_argument("--out", default="hybrid_parts", help="name of the results")
     args = parser.parse_args()
     results = hybrid.Results(args.out, "python experiments/hybrid_parts.py", parameters=N)

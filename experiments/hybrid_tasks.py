@@ -10,7 +10,6 @@ Bits per byte: report text of every source (prose, code, mathematics; all Englis
 Result: experiments/results/hybrid_tasks.json and README.md.
 """
 
-import argparse
 import math
 import sys
 
@@ -67,12 +66,7 @@ def make(cfg, params):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
-    parser.add_argument("--seeds", nargs="+", type=int, default=hybrid.SEEDS, metavar="N")
-    args = parser.parse_args()
+    args = hybrid.flags(__doc__, MODELS, "MODEL").parse_args()
     results = hybrid.Results("hybrid_tasks", "python experiments/hybrid_tasks.py",
                              parameters=N, pairs=PAIRS, lambada_lines=LINES)  # fmt: skip
     jobs = [(n, s) for n in args.only for s in ([0] if n.startswith("dense") else args.seeds)]

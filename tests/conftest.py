@@ -3,7 +3,7 @@
 Set before jax is imported anywhere. Tests that need several devices start their own process.
 LLVM's optimisation is off: the models are tiny, and compiling them takes three times as long with.
 Most of what is left is tracing in Python: programs do without the places they come from, and the
-collector of garbage looks less often (2 min 42 to 2 min 7 for three of the files).
+collector of garbage looks less often (three of the files, one run each: 162 s to 127 s).
 Compiled programs are dropped before a process holds more memory maps than Linux lets it have.
 """
 

@@ -16,7 +16,7 @@ from stock_models import broken, built_once, equal, tensors, tokenizer_json, tor
 
 from delve_jax import models, parallel, parents
 from delve_jax.config import DelveError
-from delve_jax.parents import stock
+from delve_jax.parents import io, stock
 from delve_jax.parents.io import Source, weight_files
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "shared" / "data" / "weights"
@@ -244,3 +244,12 @@ def test_a_file_that_went_away_is_named(sources, tmp_path):
     (tmp_path / "gone" / "model.safetensors").unlink()
     with pytest.raises(DelveError, match=r"model\.safetensors: tensor .* cannot be read"):
         source.read(next(iter(source.tensors)))
+
+
+@pytest.mark.parametrize("kind", ["neox", "rwkv-bin"])
+def test_a_file_mapped_again_for_every_tensor_holds_the_same(sources, kind, monkeypatch):
+    """While another thread still copies out of the mapping before."""
+    want = parents.load(sources[kind])[1]
+    monkeypatch.setattr(io, "WINDOW", 1)
+    monkeypatch.setattr(stock, "READERS", 8)
+    jax.tree.map(np.testing.assert_array_equal, parents.load(sources[kind])[1], want)

@@ -1,7 +1,7 @@
 """Stock checkpoints in both directions: HF directory or `.pth` -> (config, params), and back.
 
 Reading streams tensor by tensor into stacked, sharded arrays: peak host memory is the model in its
-target dtype plus one tensor plus 1 GiB. The way back is bit-exact, written one tensor at a time.
+target dtype plus two tensors plus 1 GiB. The way back is bit-exact, written one tensor at a time.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ def load_stock(path: Path, dtype: str | None = None, mesh=None):
         * source.tensors[row.name.format(i=0)].dtype.itemsize
         for row, _ in plan.values()
     )
-    peak = model + tensor + source.whole_file_bytes() + 2**30
+    peak = model + READERS * tensor + source.whole_file_bytes() + 2**30
     print(
         f"{path}: {cfg.family}, {len(source.tensors)} tensors, {model / 2**30:.2f} GiB as "
         f"{dtype or cfg.dtype}; host memory at the peak at most {peak / 2**30:.2f} GiB",

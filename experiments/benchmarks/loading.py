@@ -4,6 +4,9 @@ taskset -c 0,1 python experiments/benchmarks/loading.py [--repeats 7] [--out ...
 Two CPU cores. `parents.load` of safetensors directories and of checkpoints, arrays on the device,
 beside `read_bytes` of the same files; all in the page cache, sides in turn, float32 weights of 0.4
 to 0.5 GB (and one directory of half of it in bfloat16, kept so). Bar: 0.7 of the plain read.
+One reader instead of two (`parents.stock.READERS`), two calls of each in turn: qwen3 0.96 and 0.99
+instead of 1.04 and 1.10, rwkv 0.75 and 0.65 instead of 0.88 and 0.78, bfloat16 0.38 and 0.71
+instead of 0.80 and 1.00.
 Start-up in processes of their own beside one that does nothing; bars: `import delve_jax` 0.3 s,
 `delve --help` 0.5 s.
 """

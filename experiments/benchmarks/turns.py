@@ -97,7 +97,7 @@ def readers() -> tuple[dict, int]:
 def products(params: dict, tokens: int):
     """-> function: nothing but the products of all layers' maps with so many tokens, by PyTorch.
 
-    A side that is faster than its peer in all else ends there.
+    How fast a side could be whose products run at that rate and for which all else takes no time.
     """
     import torch
 
