@@ -128,6 +128,8 @@ def flags_of(script: Path) -> frozenset[str]:
         found = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
     if "arguments(__doc__" in script.read_text():  # the flags that benchmarks share
         found |= flags_of(script.with_name("turns.py"))
+    if "hybrid.flags(__doc__" in script.read_text():  # those of the hybrid studies
+        found |= flags_of(script.with_name("hybrid.py"))
     if "sweep_flags(" in script.read_text() and script.stem != "mfu":  # and those of a sweep
         found |= flags_of(script.with_name("mfu.py"))
     if script.stem.startswith("upcycle_"):
