@@ -111,7 +111,8 @@ def hybrid_pair() -> str:
     )
     return "\n".join([
         f"Nats per token on {r['scored_tokens']:,} report tokens; {r['healing_tokens']:,} tokens "
-        f"of healing, `longer` {r['longer']:,}:", "", *_table(head, rows),
+        f"of healing, {' and '.join(f'`{how}` {n:,}' for how, n in r['longer'].items())}:", "",
+        *_table(head, rows),
     ])  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from delve_jax import checkpoint, models, parallel
+from delve_jax import arrays, checkpoint, models, parallel
 from delve_jax.config import DelveError, MambaConfig
 
 # reads that a damaged file cuts short end on a closed event loop
@@ -49,7 +49,7 @@ def run(code: str, *argv) -> subprocess.CompletedProcess:
         import os, resource, signal, sys
         sys.path[:0] = {paths}
         import jax
-        from delve_jax import checkpoint, models
+        from delve_jax import arrays, checkpoint, models
         from delve_jax.config import DelveError
         from test_checkpoint import CFG, random_params
         params = random_params(1)
@@ -215,15 +215,15 @@ def test_a_flipped_bit_is_refused_by_its_file(tmp_path, params):
 
 def test_lost_checksums_are_damage(tmp_path, params):
     checkpoint.save(tmp_path / "c", CFG, params)
-    sums = tmp_path / "c" / "params" / checkpoint.SUMS
+    sums = tmp_path / "c" / "params" / arrays.SUMS
     text = sums.read_text()
     files = {p.relative_to(sums.parent).as_posix() for p in sums.parent.rglob("*") if p.is_file()}
-    assert files - set(json.loads(text)) == {checkpoint.SUMS, "_CHECKPOINT_METADATA"}
+    assert files - set(json.loads(text)) == {arrays.SUMS, "_CHECKPOINT_METADATA"}
     for content in (None, text[:40]):
         sums.unlink()
         if content:
             sums.write_text(content)
-        with pytest.raises(DelveError, match=checkpoint.SUMS) as caught:
+        with pytest.raises(DelveError, match=arrays.SUMS) as caught:
             checkpoint.restore(tmp_path / "c")
         assert "\n" not in str(caught.value)
         sums.write_text(text)
@@ -317,7 +317,7 @@ def test_leavings_of_a_kill_are_no_states_and_go(tmp_path):
         states = checkpoint.Steps(sys.argv[1])
         states.save(3, state_at(3))
         states.wait()
-        checkpoint._write_sums = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+        arrays.write_sums = lambda path: os.kill(os.getpid(), signal.SIGKILL)
         states.save(6, state_at(6))
         states.wait()
         """,
@@ -374,13 +374,13 @@ def test_a_layer_is_a_chunk_of_a_large_stack(tmp_path, params, monkeypatch):
     """Also on old checkpoints nothing wrong is read: they are refused as sources of layers."""
     checkpoint.save(tmp_path / "old", CFG, params)  # nothing here is larger than 64 MiB
     largest = max(x.nbytes for x in jax.tree.leaves(params["layers"]))
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", largest - 4)
+    monkeypatch.setattr(arrays, "CHUNK_BYTES", largest - 4)
     assert checkpoint.layerwise(tmp_path / "old") is None
     checkpoint.save(tmp_path / "new", CFG, params)
-    arrays = checkpoint.layerwise(tmp_path / "new")
-    chunks = {name: a.chunk_layout.read_chunk.shape for name, a in arrays.items()}
+    stored = checkpoint.layerwise(tmp_path / "new")
+    chunks = {name: a.chunk_layout.read_chunk.shape for name, a in stored.items()}
     assert any(shape[0] == 1 < CFG.n_layers for shape in chunks.values() if len(shape) == 3)
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        array = arrays[jax.tree_util.keystr(path, simple=True, separator="/")]
+        array = stored[jax.tree_util.keystr(path, simple=True, separator="/")]
         np.testing.assert_array_equal(array[1:2].read().result(), leaf[1:2])
     assert same(checkpoint.restore(tmp_path / "new")[1], params)

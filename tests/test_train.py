@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from delve_jax import DelveError, checkpoint, data, models, parallel, parents
+from delve_jax import DelveError, arrays, checkpoint, data, models, parallel, parents
 from delve_jax.config import NeoxConfig
 from delve_jax.metrics import read_metrics
 from delve_jax.models import Compute
@@ -109,7 +109,7 @@ def test_deleted_and_damaged_states_are_passed_over(params, windows, tmp_path, c
     raw[len(raw) // 2] ^= 1  # one flipped bit, which zarr alone would read without complaint
     file.write_bytes(raw)
     for path in states.path(6).iterdir():  # a state that lost its checksums
-        if path.name == checkpoint.SUMS:
+        if path.name == arrays.SUMS:
             path.unlink()
     resumed = run(params, ds, work, saving=Saving(every=100))
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
