@@ -21,6 +21,7 @@ from . import arrays, parallel
 from .config import Config, DelveError, from_json, read_json, to_json
 
 _FILES = ("config.json", "tokenizer.json")
+_OURS = ("config.json", "run.json", "report.json")  # one of them is in whatever a verb leaves
 
 
 def _replaced(dst: Path) -> Path:
@@ -56,10 +57,21 @@ def writing(dst: str | Path, overwrite: bool = False, fresh: bool = False):
         raise
 
 
+def check_replaceable(dst: Path) -> None:
+    """DelveError where --overwrite would delete a directory that no verb has made."""
+    names = [p.name for p in dst.iterdir()] if dst.is_dir() else []
+    if names and not any(name in names for name in _OURS):
+        raise DelveError(
+            f"{dst}: holds {sorted(names)[0]} and is neither a checkpoint nor a model, so "
+            "--overwrite leaves it alone; name another DST"
+        )
+
+
 def _claim(dst: Path, overwrite: bool, fresh: bool) -> None:
     _mend(dst)
     if dst.exists() and not overwrite and (dst.is_file() or any(dst.iterdir())):
         raise DelveError(f"{dst}: exists, give another name or --overwrite")
+    check_replaceable(dst)
     partial = dst.with_name(dst.name + ".partial")
     if fresh:
         shutil.rmtree(partial, ignore_errors=True)

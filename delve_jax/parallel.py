@@ -15,7 +15,7 @@ import re
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -55,16 +55,16 @@ _RULES = tuple((re.compile(rf"(^|.*/)({pattern})"), axes) for pattern, axes in R
 def start(how: str | None = None) -> int:
     """Join the processes of this run and return their number; call it before any device is used.
 
-    None: found from the environment (TPU VM, Slurm, OpenMPI, Kubernetes; JAX_COORDINATOR_ADDRESS),
-    one process otherwise. "HOST:PORT,N,I": process I of N, process 0 listens at HOST:PORT.
-    "off": one process. A second call does nothing.
+    None: found from the environment (TPU VM, Slurm, OpenMPI, Kubernetes), one process otherwise.
+    "HOST:PORT,N,I": process I of N, process 0 listens at HOST:PORT. "off": one process. A second
+    call does nothing. DelveError: also JAX_COORDINATOR_ADDRESS alone, which says neither N nor I.
     """
     if how == "off" or jax.distributed.is_initialized():
         return jax.process_count()
     known = {}
     if how is not None:
         address, *numbers = how.split(",")
-        if ":" not in address or len(numbers) != 2 or not all(n.isdigit() for n in numbers):
+        if ":" not in address or len(numbers) != 2 or not all(n.isdecimal() for n in numbers):
             raise DelveError(
                 f"--distributed {how}: expected HOST:PORT,PROCESSES,INDEX or off, as "
                 "10.0.0.2:9876,4,0"
@@ -75,9 +75,15 @@ def start(how: str | None = None) -> int:
         known = {"coordinator_address": address, "num_processes": count, "process_id": index}
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_S, **known)
-    except ValueError:  # no cluster in the environment: an ordinary machine
+    except ValueError as err:  # no cluster in the environment: an ordinary machine
         if known:
             raise
+        if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
+            why = " ".join(str(err).split())[:120]
+            raise DelveError(
+                f"JAX_COORDINATOR_ADDRESS={address}: does not say how many processes there are and "
+                f"which this is ({why}); name it with --distributed {address},PROCESSES,INDEX"
+            ) from None
     except RuntimeError as err:
         if how is None and "before any JAX calls" in str(err):
             return jax.process_count()  # a caller from Python has started JAX as it wanted it
@@ -92,7 +98,7 @@ def one_process(what: str) -> None:
     on one host of a TPU slice nobody else may come (experiments/launch/tpu_vm.sh).
     """
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
-        if (count := os.environ.get(name, "")).isdigit() and int(count) > 1:
+        if (count := os.environ.get(name, "")).isdecimal() and int(count) > 1:
             raise DelveError(
                 f"{what}: runs in one process, and {name} says that this is one of {count}; start "
                 "it once (delve heal and delve train run in several)"
@@ -139,7 +145,7 @@ def parse_mesh(spec: str) -> dict[str, int]:
     sizes = dict.fromkeys(AXES, 1)
     for part in spec.split(","):
         name, _, size = part.strip().partition("=")
-        if name not in AXES or not size.isdigit() or int(size) < 1:
+        if name not in AXES or not size.isdecimal() or int(size) < 1:
             raise DelveError(f"--mesh {spec}: {part!r} is not one of replica=N, data=N, model=N")
         sizes[name] = int(size)
     return sizes
@@ -156,10 +162,17 @@ def make_mesh(spec: str | None = None) -> Mesh:
     count = math.prod(sizes.values())
     if count > len(devices) or (count < len(devices) and jax.process_count() > 1):
         raise DelveError(f"--mesh {spec}: {count} devices asked for, {len(devices)} are there")
+    try:  # `jax.make_mesh` lets an axis be a part of a physical one on a v5e alone
+        placed = mesh_utils.create_device_mesh(
+            tuple(sizes.values()), devices[:count], allow_split_physical_axes=True
+        )
+    except (NotImplementedError, ValueError) as err:
+        why = " ".join(str(err).split())[:160]
+        raise DelveError(
+            f"--mesh {spec}: does not fit how these devices are wired ({why})"
+        ) from None
     # Auto: jax's default, Explicit, breaks Linen (jax_stack.md)
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:count]
-    )
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def path_of(keys) -> str:
@@ -218,15 +231,20 @@ def row_groups(mesh: Mesh) -> int:
 def feed(mesh: Mesh, batch: int) -> tuple[int, int]:
     """(shard, shards): which part of a global batch of `batch` rows this process must read.
 
-    Processes that share rows (a "model" axis across them) read the same part.
+    Processes that share rows (a "model" axis across them) read the same part. Rows of a process
+    need not be one block of the batch: on a TPU the ring of devices goes to and fro between hosts,
+    and `global_batch` deals a part out to its process's places in their order.
     """
-    where = batch_sharding(mesh).addressable_devices_indices_map((batch,))
-    starts = sorted({s.start or 0 for (s,) in where.values()})
-    stops = sorted({batch if s.stop is None else s.stop for (s,) in where.values()})
-    size = sum(stop - start for start, stop in zip(starts, stops, strict=True))
-    if stops[-1] - starts[0] != size or starts[0] % size:
-        raise DelveError("--mesh: the rows of this process are not one block; put model= last")
-    return starts[0] // size, batch // size
+    of_process: dict[int, set[int]] = {}
+    for device, (rows,) in batch_sharding(mesh).devices_indices_map((batch,)).items():
+        of_process.setdefault(device.process_index, set()).add(rows.start or 0)
+    parts = sorted(set(map(frozenset, of_process.values())), key=min)
+    if sum(map(len, parts)) != row_groups(mesh) or len(set(map(len, parts))) > 1:
+        raise DelveError(
+            "--mesh: two processes share some of their rows and not others; let model= be a "
+            "multiple, or a divisor, of the devices of a process"
+        )
+    return parts.index(frozenset(of_process[jax.process_index()])), len(parts)
 
 
 def global_batch(mesh: Mesh, rows: np.ndarray, leading: int = 0) -> jax.Array:

@@ -113,6 +113,8 @@ def plan(
     sizes = parallel.parse_mesh(mesh or "data=1")
     abstract_mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), parallel.AXES)
     T = settings.row_length(cfg)
+    if settings.tokens < 0:
+        raise DelveError(f"--tokens {settings.tokens}: must not be negative")
     dataclasses.replace(settings, tokens=max(settings.tokens, 1)).checked(abstract_mesh)
     steps = settings.steps(T)
     shapes = shapes_of(cfg, settings)
@@ -150,6 +152,8 @@ def _config_of(target: str, keep: float | None) -> Config:
     if target in presets.PRESETS:
         return presets.preset(target, **({} if keep is None else {"keep": keep}))
     if Path(target).exists() or "/" in target:
+        if keep is not None:
+            raise DelveError(f"--keep {keep}: is for presets; {target} is planned as it is")
         return parents.peek(target)[0]
     return presets.preset(target)  # its error lists the names
 

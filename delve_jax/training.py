@@ -59,6 +59,7 @@ def heal(
         command["teacher_cache"] = True
     on = parallel.make_mesh(mesh)
     settings.checked(on)
+    own = [part.settings(settings) for part in parts] if stages else [settings]
     if begin(dst, command, overwrite, text):
         return already(dst)
     cfg, tokenizer = parents.peek(src)
@@ -76,6 +77,9 @@ def heal(
                     f"teacher {err}; name it with --teachers, or --objective ce"
                 ) from None
     cfg = dataclasses.replace(cfg, dtype=settings.master)
+    for its, part in zip(own, parts, strict=True):  # the last stage, too, before the first runs
+        needed = tuple(c for c, _ in loaded) if part.terms.name != "ce" else ()
+        run.check(cfg, needed, its, on, part.terms, teacher_cache is not None and bool(needed))
     opener, read = _opener(text, documents, tokenizer, cfg.vocab_size, settings.seed)
     how = {"mesh": on, "eot": data.eot_of(tok), "tokenizer": tokenizer, "teachers": loaded,
            "teacher_cache": teacher_cache, "read": read}  # fmt: skip
@@ -84,13 +88,12 @@ def heal(
         report |= {"data": read}
         return _finish(dst, cfg, params, tokenizer, overwrite, "heal", report, [src])
     first, report, used, weights = src, {"stages": {}}, 0, None
-    for number, part in enumerate(parts):
-        own = part.settings(settings)
+    for number, (part, its) in enumerate(zip(parts, own, strict=True)):
         place = partial_of(dst) / "stages" / f"{number + 1}-{part.name}"
         if not place.exists():  # else it is done
             # a copy: a stage forgets teachers without weight, whom the next one may ask
             params, facts = _stage(
-                src, cfg, part, own, opener, partial_of(place), skip=used, weights=weights,
+                src, cfg, part, its, opener, partial_of(place), skip=used, weights=weights,
                 **how | {"teachers": list(loaded)},
             )  # fmt: skip
             checkpoint.save(place, cfg, params, tokenizer, extra={"heal.json": facts},
@@ -204,9 +207,11 @@ def train(
 
 
 def _what(settings: Settings) -> dict:
-    """What of the settings decides the result: how often states are saved does not."""
+    """What of the settings decides the result, but for round-off: not how often states are saved,
+    nor, like the mesh, how a step is cut and what it keeps, so that a run may go on elsewhere."""
     what = dataclasses.asdict(settings)
-    del what["saving"]
+    for name in ("saving", "accumulate", "remat", "shard_sequence"):
+        del what[name]
     return what
 
 

@@ -5,7 +5,8 @@ Rows that stand in the results are not run again (--fresh runs the named ones an
 switches the parts of our method on and off instead; --table prints the tables and draws the
 pictures from what is there. Calibration: 65,536 tokens of the calibrate split, drawn by the seed.
 Scored: 128 fixed sequences of 256 tokens of the report split; only the ablation also scores, and
-decides by, the choose split. Intervals: 95 %, paired bootstrap over sequences, seeds averaged.
+decides by, the choose split. Intervals: 95 %, paired bootstrap over the documents that the
+sequences are cut from, seeds averaged.
 rwkv-660k is nearly empty (layers 1 to 3 and every FFN add nothing): it tells methods apart only
 where the budget is tiny. Result (docs/results.md): ours is ahead of every method on the proxies at
 every ratio; the gap of SVD-LLM to the dense parent shrinks by 17 to 51 %.
@@ -30,6 +31,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import hybrid
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,8 +52,9 @@ OURS, REFERENCE = "delve", "svd-llm"
 METHODS = ("svd", "asvd", "asvd+strs", REFERENCE, "svd-llm+allocation", "modegpt", OURS)
 BLIND = "svd"  # sees no text: its one row, seed 0, stands for every seed
 KEEPS, SEEDS = (0.8, 0.6, 0.4, 0.2), (0, 1, 2)
-CALIBRATE, SEQUENCES, WINDOW, BATCH = 65_536, 128, 256, 16
-RESAMPLES = 10_000
+CALIBRATE, BATCH = 65_536, 16
+SEQUENCES, WINDOW = hybrid.SEQUENCES, hybrid.WINDOW
+INTERVALS = "95 %, paired bootstrap over documents, seeds averaged"
 LOST = 1e-4
 SPLITS = ("calibrate", "choose", "report")
 # parts of our method: keywords of compress.compress, in the order they are added
@@ -95,12 +98,15 @@ def documents():
 
 
 @functools.cache
-def sequences(tokenizer_json, vocab_size, split):
-    """The fixed windows [SEQUENCES, WINDOW + 1] of a split that are scored."""
+def hashes():
+    return {name: data.data_hash(docs) for name, docs in documents().items()}
+
+
+@functools.cache
+def scored(tokenizer_json, vocab_size, split):
+    """(the fixed windows [SEQUENCES, WINDOW + 1] of a split that are scored, document of each)."""
     tok = data.load_tokenizer(tokenizer_json, vocab_size)
-    windows = data.windows(data.encode_documents(tok, documents()[split]), WINDOW + 1)
-    order = np.random.default_rng(0).permutation(len(windows))
-    return windows[np.sort(order[:SEQUENCES])]
+    return hybrid.scored_windows(tok, documents()[split])
 
 
 def as_dense(params, like):
@@ -149,7 +155,7 @@ class Parent:
         dense = as_dense(params, self.like)
         model = evaluate.Model(cfg, params) if dense is None else evaluate.Model(self.cfg, dense)
         score = evaluate.as_scorer(model).score
-        rows, out = sequences(self.tokenizer, self.cfg.vocab_size, split), []
+        rows, out = scored(self.tokenizer, self.cfg.vocab_size, split)[0], []
         for i in range(0, len(rows), BATCH):
             nll_BT, _ = score(rows[i : i + BATCH, :-1], rows[i : i + BATCH, 1:])
             out.append(np.asarray(nll_BT, np.float64).sum(1))
@@ -199,8 +205,11 @@ def key_of(row):
 
 
 def read(path):
-    """The results so far."""
-    return json.loads(path.read_text()) if path.exists() else {"dense": {}, "rows": []}
+    """The results so far; DelveError where they are not of the text that is here."""
+    result = json.loads(path.read_text()) if path.exists() else {"dense": {}, "rows": []}
+    if result.get("data_hash", hashes()) != hashes():
+        raise DelveError(f"{path}: holds rows of other text; name another file with --out")
+    return result
 
 
 def write(path, result):
@@ -224,17 +233,13 @@ def run(args):
     if missing := {v.method for v in lines} - {*compress.METHODS, *rivals.RIVALS}:
         print(f"left out, compress lacks them: {', '.join(sorted(missing))}", file=sys.stderr)
         lines = [v for v in lines if v.method not in missing]
-    result = read(args.out)
-    facts = {
+    result = read(args.out) | {
         "command": "python experiments/compression.py (in parts, by --only), then --table",
         "seeds": SEEDS,
         "tokens": {"calibrate": CALIBRATE, "scored": SEQUENCES * WINDOW, "window": WINDOW},
         "versions": metrics.versions(),
-        "data_hash": {name: data.data_hash(docs) for name, docs in documents().items()},
+        "data_hash": hashes(),
     }
-    if result.get("data_hash", facts["data_hash"]) != facts["data_hash"]:
-        raise DelveError(f"{args.out}: holds rows of other text; name another file with --out")
-    result |= facts
     done = {key_of(row) for row in result["rows"]}
     keeps = args.keep or (ABLATION_KEEPS if args.ablation else KEEPS)
     seeds = args.seeds if args.seeds is not None else ABLATION_SEEDS if args.ablation else SEEDS
@@ -281,27 +286,27 @@ def paired(result, parent, keep, rival):
 
 
 @functools.cache
-def resamples(n):
-    """How often each of n sequences is drawn, [RESAMPLES, n], as shares."""
-    draws = np.random.default_rng(0).integers(0, n, (RESAMPLES, n))
-    return np.stack([np.bincount(row, minlength=n) for row in draws]) / n
+def resamples(parent):
+    """What each report sequence counts in every draw of documents, [RESAMPLES, SEQUENCES]."""
+    cfg, _, tokenizer = parents.load(PARENTS[parent], dtype="float32")
+    document_N = scored(tokenizer, cfg.vocab_size, "report")[1]
+    return hybrid.resampled(document_N, np.random.default_rng(0))
 
 
-def interval(a_N, b_N):
-    """(mean, low, high) of a - b: 95 % of the paired bootstrap over sequences."""
-    drawn = resamples(len(a_N)) @ (a_N - b_N)
+def interval(a_N, b_N, w_RN):
+    """(mean, low, high) of a - b: 95 % of the paired bootstrap with these `resamples`."""
+    drawn = w_RN @ (a_N - b_N)
     return float(np.mean(a_N - b_N)), *map(float, np.percentile(drawn, (2.5, 97.5)))
 
 
-def closed(ours_N, theirs_N, dense_N):
+def closed(ours_N, theirs_N, dense_N, w_RN):
     """(share, low, high) of the gap between theirs and the dense parent that ours closes.
 
     None where theirs loses too little (LOST nats a token) for a share of it to mean anything.
     """
     if np.mean(theirs_N - dense_N) < LOST:
         return None
-    w = resamples(len(ours_N))
-    drawn = (w @ (theirs_N - ours_N)) / (w @ (theirs_N - dense_N))
+    drawn = (w_RN @ (theirs_N - ours_N)) / (w_RN @ (theirs_N - dense_N))
     share = np.mean(theirs_N - ours_N) / np.mean(theirs_N - dense_N)
     return float(share), *map(float, np.percentile(drawn, (2.5, 97.5)))
 
@@ -310,15 +315,15 @@ def comparisons(result):
     """Ours against every other method: one row per parent, keep and rival."""
     out = []
     for parent, dense in result["dense"].items():
-        dense_N = np.array(dense["report_sums"]) / WINDOW
+        dense_N, w_RN = np.array(dense["report_sums"]) / WINDOW, resamples(parent)
         for keep in KEEPS:
             for rival in METHODS[:-1]:
                 ours_N, theirs_N = paired(result, parent, keep, rival)
                 if ours_N is None:
                     continue
                 out.append({"parent": parent, "keep": keep, "rival": rival,
-                            "difference": interval(ours_N, theirs_N),
-                            "gap_closed": closed(ours_N, theirs_N, dense_N)})  # fmt: skip
+                            "difference": interval(ours_N, theirs_N, w_RN),
+                            "gap_closed": closed(ours_N, theirs_N, dense_N, w_RN)})  # fmt: skip
     return out
 
 
@@ -360,7 +365,8 @@ def table(result):
             lines.append(f"| {parent} ({dense['report']:.4f}) | {keep} | {' | '.join(cells)} |")
     caption = (
         f"Training-free, nats per token on {SEQUENCES * WINDOW:,} report tokens, mean of {fewest} "
-        "calibration seeds; the keep ratio counts every parameter, tables included:"
+        "calibration seeds; the keep ratio counts every parameter, tables included; intervals "
+        "resample documents:"
     )
     lines = [caption, "", *lines]
     if refusals:
@@ -460,7 +466,7 @@ def main():
             run(args)
         if not args.out.exists():
             raise DelveError(f"{args.out}: no results yet; run without --table first")
-        result = read(args.out)
+        result = read(args.out) | {"intervals": INTERVALS}
         result["comparisons"] = comparisons(result)
         result["markdown"] = {"methods": table(result), "ablation": ablation_table(result)}
         write(args.out, result)

@@ -49,6 +49,7 @@ CALIBRATE, HEAL = 32_768, 204_800  # tokens
 WINDOW, SEQUENCES, BATCH, LR = 256, 128, 8, 2e-3
 TRAIN_BYTES = 6_000_000
 RESAMPLES = 10_000
+INTERVALS = "95 %, paired bootstrap over documents and seeds"
 
 
 @functools.cache
@@ -75,11 +76,26 @@ def ids(split):
     return data.encode_documents(tokenizer(), documents(split))
 
 
+def scored_windows(tok, texts):
+    """(the fixed windows [SEQUENCES, WINDOW + 1] of documents that are scored, document of each).
+
+    A window is cut from the documents joined together and belongs to that of its first token.
+    """
+    rows = data.windows(data.encode_documents(tok, texts), WINDOW + 1)
+    at = np.sort(np.random.default_rng(0).permutation(len(rows))[:SEQUENCES])
+    between = data.eot_of(tok) is not None  # one token, counted to the document before it
+    ends = np.cumsum([len(data.encode_documents(tok, [text])) + between for text in texts])
+    return rows[at], np.searchsorted(ends, at * (WINDOW + 1), side="right")
+
+
 @functools.cache
+def scored_of(split):
+    return scored_windows(tokenizer(), documents(split))
+
+
 def sequences(split):
     """The fixed windows [SEQUENCES, WINDOW + 1] of a split that are scored."""
-    rows = data.windows(ids(split), WINDOW + 1)
-    return rows[np.sort(np.random.default_rng(0).permutation(len(rows))[:SEQUENCES])]
+    return scored_of(split)[0]
 
 
 @functools.cache
@@ -221,6 +237,25 @@ def scored(cfg, params, **more):
     return row
 
 
+# ---- intervals -----------------------------------------------------------------------------------
+
+
+def drawn(n, rng):
+    """How often each of n is in each draw of n with replacement, [RESAMPLES, n]."""
+    return np.stack([np.bincount(d, minlength=n) for d in rng.integers(0, n, (RESAMPLES, n))])
+
+
+def resampled(document_N, rng):
+    """What each window counts in the mean of each draw of documents, [RESAMPLES, N].
+
+    Windows of one document err alike, so that drawn one by one they would pass for more text than
+    they are. A draw's mean is that of all windows of its documents: its sum over its number.
+    """
+    names, of_N = np.unique(document_N, return_inverse=True)
+    times = drawn(len(names), rng)[:, of_N]
+    return times / times.sum(1, keepdims=True)
+
+
 # ---- flags and results ---------------------------------------------------------------------------
 
 
@@ -295,8 +330,8 @@ class Results:
     def difference(self, one, other, split="report"):
         """Mean of one - other, nats a token, over their common seeds, with a 95 % interval.
 
-        Paired bootstrap over sequences and, at once, over seeds: with three of them the interval
-        says how it would look with other draws of these.
+        Paired bootstrap over the documents that the windows are cut from and, at once, over seeds:
+        with three of them the interval says how it would look with other draws of these.
         """
         a, b = self.cell(one, split), self.cell(other, split)
         seeds = sorted(a.keys() & b.keys())
@@ -304,11 +339,9 @@ class Results:
             return None
         gap_SN = np.stack([a[s] - b[s] for s in seeds])
         rng = np.random.default_rng(0)
-        drawn_S = rng.integers(0, len(seeds), (RESAMPLES, len(seeds)))
-        share_SR = np.stack([np.bincount(d, minlength=len(seeds)) for d in drawn_S]) / len(seeds)
-        drawn_N = rng.integers(0, gap_SN.shape[1], (RESAMPLES, gap_SN.shape[1]))
-        each_SR = np.stack([gap_SN[:, d].mean(1) for d in drawn_N])  # [RESAMPLES, S]
-        means = (each_SR * share_SR).sum(1)
+        share_RS = drawn(len(seeds), rng) / len(seeds)  # R: a resample, S: a seed
+        each_RS = resampled(scored_of(split)[1], rng) @ gap_SN.T
+        means = (each_RS * share_RS).sum(1)
         low, high = np.percentile(means, (2.5, 97.5))
         return {"mean": float(gap_SN.mean()), "low": float(low), "high": float(high),
                 "by_seed": [float(x) for x in gap_SN.mean(1)], "seeds": seeds}  # fmt: skip

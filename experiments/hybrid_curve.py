@@ -131,6 +131,7 @@ def derived(results):
                if results.cell(f"{k} {size}")} for size in sizes
     }  # fmt: skip
     return {
+        "intervals": hybrid.INTERVALS,
         "delve_minus": {s: {k: gap for k, gap in x.items() if gap} for s, x in against.items()},
         "delve_minus_dense": {s: {n: dense.difference(f"delve {s}", f"dense {n}")
                                   for n in hybrid.NAMES} for s in sizes},

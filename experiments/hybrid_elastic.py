@@ -76,10 +76,17 @@ def main():
             for cell in args.only:
                 results.row(cell, seed, lambda c=cell, s=seed: make(c, s))
                 bar.update(1)
-    results.save(elastic_minus_half={
-        split: results.difference("elastic", "half", split) for split in ("choose", "report")
-    })  # fmt: skip
+    results.save(**derived(results))
     picture(results.rows, results.path.with_suffix(".png"))
+
+
+def derived(results):
+    """The half inside minus the model made for that size, with paired intervals."""
+    splits = ("choose", "report")
+    return {
+        "intervals": hybrid.INTERVALS,
+        "elastic_minus_half": {s: results.difference("elastic", "half", s) for s in splits},
+    }
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 from speed_tables import table as _table
 
 RESULTS = Path(__file__).resolve().parent / "results"
+RESAMPLED = "intervals resample documents and seeds"
 
 
 def hybrid_diversity() -> str:
@@ -43,7 +44,7 @@ def _cells(rows: list[dict]) -> dict[str, list[dict]]:
 
 
 def _gap(x: dict | None) -> str:
-    """A paired difference with its interval."""
+    """A paired difference with its interval, which resamples documents and seeds."""
     return f"{x['mean']:+.4f} [{x['low']:+.4f}, {x['high']:+.4f}]" if x else ""
 
 
@@ -60,7 +61,7 @@ def hybrid_parts() -> str:
     lines = [
         f"Nats per token on {r['scored_tokens']:,} report tokens, {r['healing_tokens']:,} healing "
         "tokens each; one difference from `base` a cell. Means are of a cell's own seeds, "
-        "differences are paired:", "", *_table(head, rows),
+        f"differences are paired, {RESAMPLED}:", "", *_table(head, rows),
     ]  # fmt: skip
     if "cross - self" in r["against_base"]:
         lines += ["", "Cross minus self connectors (the same parameters; self hears only its own "
@@ -85,7 +86,7 @@ def hybrid_elastic() -> str:
         f"{r['parameters']:,} parameters, {r['healing_tokens']:,} healing tokens each, mean of the "
         "seeds:", "", *_table(("cell", "seeds", "step 0", *(f"x {s:g}" for s in shares)), rows), "",
         f"Elastic at half minus a model made and healed at that size: {_gap(gap)} (seeds: {each}; "
-        f"bar {r['bar']}).",
+        f"bar {r['bar']}; {RESAMPLED}).",
     ])  # fmt: skip
 
 
@@ -109,10 +110,10 @@ def hybrid_pair() -> str:
         "nats",
         "minus dense rwkv, 95 %",
     )
+    longer = [f"`{how}` {n:,}" for how, n in r["longer"].items() if any(how in c for c in cells)]
     return "\n".join([
         f"Nats per token on {r['scored_tokens']:,} report tokens; {r['healing_tokens']:,} tokens "
-        f"of healing, {' and '.join(f'`{how}` {n:,}' for how, n in r['longer'].items())}:", "",
-        *_table(head, rows),
+        f"of healing, {' and '.join(longer)}; {RESAMPLED}:", "", *_table(head, rows),
     ])  # fmt: skip
 
 
@@ -146,7 +147,7 @@ def hybrid_curve() -> str:
         f"Nats per token of {r['scored_tokens']:,} report tokens after {r['healing_tokens']:,} "
         f"tokens of healing (or of training), {seeds} seeds; N in units of the largest parent "
         f"({r['largest']:,} parameters). In brackets DELVE minus it, 95 %: negative where the "
-        "DELVE is better:", "",
+        f"DELVE is better; {RESAMPLED}:", "",
         *_table(("model", *(f"N = {size}" for size in gaps)), rows), "",
         f"Dense parents, not healed (parameters): {dense}. n/a: rank 1 everywhere is too large.",
     ])  # fmt: skip

@@ -1,9 +1,10 @@
-"""Text that is new to the parents: is KL to their pool enough, or does healing need the labels?
+"""On one narrow kind of text: is KL to the parents' pool enough, or does healing need the labels?
 
 Command: python experiments/kl_weight.py, after `make quickstart` (about 3 minutes). The
 quickstart's fused DELVE is healed as there (half cross-entropy, half KL) and with KL alone, on the
-same documents of Python's library, and scored on the choose split of them. On text of the parents'
-own kinds see the cells `KL` and `CE` of hybrid_parts.py.
+same documents of Python's library, and scored on the choose split of them. The parents were trained
+on that kind of text among nine others; for the whole mixture see the cells `KL` and `CE` of
+hybrid_parts.py.
 Result: experiments/results/kl_weight.json, quoted in docs/results.md.
 """
 

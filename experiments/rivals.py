@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +131,6 @@ def modegpt(cfg, params, tokens_NT, budget, folder):
     keep = int(uniform.rho * cfg.d_ffn)
     total -= cfg.n_layers * (cfg.d_ffn - keep) * prune.per_neuron(cfg)
     plan = allocate([m for m in body if m.name not in mlp], tables, total, budget)
-    new, small, *_ = assemble(spectra.source, spectra, plan)
     file = Path(folder) / "hidden.npz"
     if not file.exists():
         np.savez(file, *_hidden(cfg, params, spectra.tokens, mlp[-1]))
@@ -140,9 +140,20 @@ def modegpt(cfg, params, tokens_NT, budget, folder):
             down = np.asarray(models.leaf_of(params, mlp[-1])["kernel"][layer])
             gram = grams[f"arr_{layer}"] * spectra.tokens.shape[1]
             fit = baselines.modegpt(gram, down, keep, floor=float(np.finfo(np.float32).eps))
-            fits.append((fit.kept_k, fit.down_kO, np.zeros(cfg.d_model)))
-    new, small = prune.apply(new, jax.tree.map(jnp.asarray, small), fits)
+            fits.append(_Fitted((fit.kept_k, fit.down_kO, np.zeros(cfg.d_model))))
+    spectra.mlp, spectra.pruning = mlp, fits.__getitem__
+    plan = dataclasses.replace(plan, neurons=(keep,) * cfg.n_layers)
+    new, small, *_ = assemble(spectra.source, spectra, plan)
     return new, small, models.count(new)
+
+
+class _Fitted(NamedTuple):
+    """One layer's `prune.Pruning` at the one number of neurons that it was fitted for."""
+
+    fit: tuple
+
+    def repaired(self, k, down_FO):
+        return self.fit
 
 
 def _hidden(cfg, params, tokens_NT, reader):

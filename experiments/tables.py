@@ -212,7 +212,8 @@ def delphi() -> str:
     names = ("E", "A", "B", "alpha", "beta")
     fit, law = ({k: f"{x[k]:.4g}" for k in names} for x in (c, cp))
     lines = [
-        f"From the published grid (`{r['command']}`): {r['grid']['same']} of 78 candidates exact, "
+        f"From the published grid (`{r['command']}`): {r['grid']['same']} of "
+        f"{r['grid']['enumerated']} candidates exact, "
         f"hyper-parameters within {r['recipe']['rates_error']:.0e}, optima within "
         f"{r['optima_error']:.0e}. The two largest budgets from the five below them: "
         + ", ".join(f"{x['error']:+.2%}" for x in left)

@@ -10,6 +10,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -262,6 +263,76 @@ def test_vertices_see_through_skew_and_batch():
     assert fit.vertices(few).shared == {}
 
 
+SEEDS = np.array([-1.0, 0.0, 1.0])  # losses of three seeds about their mean
+
+
+def valleys(places, seeds=None, skew=0.0, budgets=4):
+    """(runs, log10 T*, best losses): runs at these decades from T*, once for each of `seeds`."""
+    star, best = np.linspace(9, 10, budgets), np.linspace(3.6, 3.0, budgets)
+    noise = np.zeros(1) if seeds is None else np.asarray(seeds)
+    d = np.tile(np.repeat(places, len(noise)), budgets)
+    C = np.repeat(np.logspace(18, 20, budgets), len(d) // budgets)
+    x = np.repeat(star, len(d) // budgets) + d
+    L = np.repeat(best, len(d) // budgets) + d * d * (0.4 + skew * d)
+    return points.Points(C, C, 10**x, L + np.tile(noise, len(L) // len(noise))), star, best
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_seeds_of_three_widths_let_no_skew_in(seeds):
+    """Three token counts a budget are a parabola, however often each was run."""
+    places = (-1.2, 0.1, 0.7)
+    runs, star, best = valleys(places, 3e-3 * np.array(((0,), (-1, 1), SEEDS)[seeds - 1]))
+    found = fit.vertices(runs)
+    assert found.shared == {}
+    assert found.spare == 12 * (seeds - 1) == len(runs.C) - np.linalg.matrix_rank(found.design_NQ)
+    np.testing.assert_allclose(found.loss, best, atol=1e-9)
+    np.testing.assert_allclose(found.x, star, atol=1e-9)
+    truth = fit.loss_at(fit.loss_laws(found.C, best)[0], 1e21)
+    out = forecast.interval(runs, np.array([1e21]), 100)
+    assert out["loss"][0] == pytest.approx(truth, rel=1e-6)
+    assert out["low"][0] < truth < out["high"][0]
+
+
+@pytest.mark.parametrize("places", [4, 5, 9])
+def test_seeds_decide_nothing_that_one_seed_does_not(places):
+    rng = np.random.default_rng(4)
+    at = np.linspace(-0.7, 0.6, places)
+    once, _, best = valleys(at, skew=0.08, budgets=5)
+    steps = rng.uniform(-0.5, 0.5, len(once.C))
+    once = dataclasses.replace(once, L=once.L - 0.006 * (steps - steps.mean()), log2_steps=steps)
+    often = points.Points(
+        *(np.repeat(v, 3) for v in (once.C, once.N, once.T)),
+        np.repeat(once.L, 3) + 1e-3 * np.tile(SEEDS, len(once.C)), np.repeat(steps, 3),
+    )  # fmt: skip
+    one, many = fit.vertices(once), fit.vertices(often)
+    assert list(one.shared) == list(many.shared)
+    assert set(many.shared) == {4: set(), 5: {"cubic"}, 9: {"cubic", "steps"}}[places]
+    np.testing.assert_allclose(many.loss, one.loss, atol=1e-9)
+    if places == 9:
+        np.testing.assert_allclose(many.loss, best, atol=1e-9)
+
+
+def test_runs_side_by_side_determine_no_skew():
+    """Six token counts, in three pairs that are 3 % apart: what bends them is noise."""
+    pairs = np.repeat([-0.6, 0.0, 0.6], 2) + np.tile([0.0, 0.0125], 3)
+    runs = valleys(pairs)[0]
+    assert fit.vertices(runs).shared == {}
+    assert set(fit.vertices(valleys(np.linspace(-0.6, 0.6, 6))[0]).shared) == {"cubic"}
+
+
+@pytest.mark.parametrize("apart", [0.0, 1e-9])
+def test_a_window_counts_places_not_runs(apart):
+    """The five nearest runs lie at two token counts here, and no parabola goes through these."""
+    at = (np.array([-0.15, 0.2, 1.3])[:, None] + apart * SEEDS).ravel()
+    runs, star, best = valleys(at)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = fit.vertices(runs)
+    assert len(found.fitted_N) == 36
+    np.testing.assert_allclose(found.loss, best, atol=1e-7)
+    np.testing.assert_allclose(found.x, star, atol=1e-7)
+
+
 def test_a_window_keeps_far_runs_out():
     runs = runs_of(runs=13, decades=1.5)
     bent = np.where(np.tile(np.arange(13), 7) < 2, runs.L + 1.0, runs.L)  # far overtrained runs
@@ -352,6 +423,36 @@ def test_pictures_come_from_json_alone(tmp_path):
     for name in ("isoflop", "loss_law"):
         plots.draw(name, r, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
+def parallel_valleys(fall=1 / 30):
+    """Nine runs of equal parabolas, which no L(N, D) of believable exponents has."""
+    C, k = np.repeat([1e18, 1e19, 1e20], 3), np.tile([-1.0, 0.0, 1.0], 3)
+    N = 2e8 * (C / 1e18) ** 0.5 * 2**k
+    return points.Points(C, N, C / (6 * N), 3 + 0.1 * k * k - np.log10(C) * fall)
+
+
+def test_exponents_that_the_runs_do_not_determine(tmp_path, capsys):
+    """The report says so, in numbers that JSON has, and nothing overflows aloud."""
+    path = write(tmp_path / "p.csv", parallel_valleys())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        code, out, err = delve(capsys, "fit", path, "--json")
+        assert code == 0 and err == ""
+        r = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+        for p in r["parametric"].values():
+            assert list(p) == ["failed"] and "between 0.02 and 2" in p["failed"]
+        code, out, err = delve(capsys, "fit", path)
+        assert code == 0 and err == ""
+        assert "L(N, D) (huber): none, the runs determine no" in out and "e+206" not in out
+        # exponents of 1.9 and 1.5, which redrawn runs take to infinite and to absurd B
+        for fall in (0.1, 0.12):
+            p = forecast.forecast(parallel_valleys(fall), [1e21], samples=20)["fit"]["parametric"]
+            assert fit.determined([p["huber"][k] for k in forecast.SURFACE])
+            assert all(p["huber"][f"{k}_interval"] is None for k in forecast.SURFACE)
+    p = forecast.forecast(runs_of(noise=1e-3), [1e21], samples=20)["fit"]["parametric"]["huber"]
+    for k in forecast.SURFACE:
+        assert p[f"{k}_interval"][0] < p[k] < p[f"{k}_interval"][1]
 
 
 @published
@@ -471,6 +572,9 @@ def test_what_is_left_out_is_listed(tmp_path):
     assert "loss" in said[0][1] and "flops" in said[2][1] and "same run" in said[3][1]
     assert "1 runs" in said[4][1] and "downward" in said[5][1]
     np.testing.assert_allclose(read.L, runs.L)
+    twice = valleys((-0.3, 0.3), SEEDS)[0]
+    with pytest.raises(DelveError, match="6 runs of 2 token counts; a parabola needs 3"):
+        fit.checked(twice)
 
 
 BAD = {

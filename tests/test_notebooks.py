@@ -122,13 +122,16 @@ def test_the_first_cell_installs_only_what_is_missing(monkeypatch, tmp_path):
 
 def test_the_ladder_is_that_of_the_results():
     result = json.loads((RESULTS / "ladder.json").read_text())
-    told = json.loads((RESULTS / "ladder_forecast.json").read_text())
+    told, far = (json.loads((RESULTS / name).read_text())
+                 for name in ("ladder_forecast.json", "ladder_far_forecast.json"))  # fmt: skip
     head, *rows = literals(code_of("scaling_law", "LADDER ="))["LADDER"].splitlines()
     numbers = [dict(zip(head.split(","), map(float, row.split(",")), strict=True)) for row in rows]
     assert numbers == [{k: run[k] for k in head.split(",")} for run in result["ladder"]]
     later = literals(code_of("scaling_law", "TARGET_RUNS ="))
     assert later["TARGET_RUNS"] == {run["seed"]: run["loss"] for run in result["target"]}
-    assert later["COMMITTED"] == told["forecasts"][0]["loss"]
+    runs = result["far"]["rows"]["adamh"]
+    assert later["FURTHER_RUNS"] == {run["seed"]: run["loss"] for run in runs}
+    assert later["COMMITTED"] == tuple(f["forecasts"][0]["loss"] for f in (told, far))
     call = next(
         node.value
         for node in ast.parse(code_of("scaling_law", "RULES =")).body
@@ -148,7 +151,7 @@ def test_scaling_law(executed):
     # of fewer samples than the committed one
     assert first["interval"] == pytest.approx(told["forecasts"][0]["interval"], abs=0.02)
     assert further["loss"] < first["loss"] and first["config"] == told["forecasts"][0]["config"]
-    assert "30 runs at 5 budgets" in said and "off by -0.07%" in said
+    assert "30 runs at 5 budgets" in said and "off by -0.07%" in said and "off by -2.02%" in said
 
 
 def test_upcycle(executed):

@@ -222,13 +222,15 @@ def test_stages_are_read_from_a_file(tmp_path):
         ({"share": 0.5}, "must sum to 1"), ({"name": "a"}, "names must differ"),
         ({"stream_drop": 3}, "stage 2: --stream-drop 3"), ({"kl": "x"}, "stage 2"),
         ({"lr": "x"}, "stage 2: field 'lr'"), ({"joints_lr": -1}, "field 'joints_lr'"),
+        ({"trains": "joint"}, "stage 2: field 'trains' must be one of all, experts, joints"),
     ):  # fmt: skip
         file.write_text(json.dumps([rows[0], rows[1] | change]))
         with pytest.raises(DelveError, match=said):
             run.read_stages(str(file))
-    file.write_text("{")
-    with pytest.raises(DelveError, match="JSON list of stages"):
-        run.read_stages(str(file))
+    for content in (b"{", b"\xff\xfe"):
+        file.write_bytes(content)
+        with pytest.raises(DelveError, match="JSON list of stages"):
+            run.read_stages(str(file))
 
 
 # ---- teachers' samples on disk -------------------------------------------------------------------

@@ -1,19 +1,22 @@
 """Meshes, placement rules, rows of processes: errors by flag, nothing large is ever whole.
 
 What needs several devices runs in a process of its own: `python tests/test_parallel.py`, 8 virtual
-devices, prints one JSON line.
+devices, prints one JSON line; with HOST:PORT,2,INDEX it is one of two processes of two devices.
 """
 
+import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # before jax is imported
     os.environ["JAX_PLATFORMS"] = "cpu"
+    count = 2 if sys.argv[1:] else 8
     os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     )
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -221,8 +224,77 @@ def test_rows_of_a_process(eight, spec):
     assert found["rows_per_device"] == 16 // groups
 
 
-def test_rows_that_are_no_block_are_refused(eight):
-    assert "--mesh" in eight["torn"] and "model= last" in eight["torn"]
+def test_rows_to_and_fro_between_processes_are_theirs(eight):
+    """Not one block each; but where they share some rows and not others nobody can be fed."""
+    assert eight["to and fro"] == [[0, 2], [1, 2]]
+    assert "--mesh" in eight["torn"] and "model=" in eight["torn"]
+
+
+def test_rows_of_two_processes_arrive_where_they_are_read():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{s.getsockname()[1]},2"
+    both = [subprocess.Popen([sys.executable, __file__, f"{where},{i}"], text=True,
+                             stdout=subprocess.PIPE) for i in (0, 1)]  # fmt: skip
+    try:
+        found = [json.loads(one.communicate(timeout=120)[0].splitlines()[-1]) for one in both]
+    finally:
+        for one in both:
+            one.kill()
+    assert [f["feed"] for f in found] == [[0, 2], [1, 2]]
+    assert [f["places"] for f in found] == [[0, 4], [2, 6]]  # to and fro
+    assert [f["rows"] for f in found] == [[0, 2, 4, 6], [1, 3, 5, 7]]  # shard::shards
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device of a TPU slice, as far as meshes look at one."""
+
+    id: int
+    process_index: int
+    coords: tuple
+    device_kind: str
+    platform: str = "tpu"
+    core_on_chip: int = 0
+    slice_index: int = 0
+
+
+@pytest.mark.parametrize("kind, shape, spec, shards", [
+    ("TPU v5 lite", (4, 4, 1), "data=16", 4), ("TPU v6 lite", (4, 4, 1), "data=16", 4),
+    ("TPU v6 lite", (4, 4, 1), "data=8,model=2", 4), ("TPU v4", (2, 2, 4), "data=16", 4),
+    ("TPU v4", (4, 4, 4), "data=32,model=2", 16), ("TPU v5 lite", (4, 8, 1), "data=8,model=4", 4),
+])  # fmt: skip
+def test_hosts_of_a_tpu_slice_are_fed(kind, shape, spec, shards, monkeypatch):
+    """Rings of chips go to and fro between hosts of 2 x 2, and axes are parts of the torus."""
+    hosts, chips = {}, []
+    for c in np.ndindex(*shape):
+        host = hosts.setdefault((c[0] // 2, c[1] // 2, c[2]), len(hosts))
+        chips.append(Chip(len(chips), host, c, kind))
+    chips.sort(key=lambda chip: chip.process_index)
+    monkeypatch.setattr(jax, "devices", lambda: chips)
+    mesh = parallel.make_mesh(spec)
+    fed = []
+    for i in range(len(hosts)):
+        monkeypatch.setattr(jax, "process_index", lambda i=i: i)
+        fed.append(parallel.feed(mesh, 64))
+    each = len(hosts) // shards
+    assert sorted(fed) == [(s, shards) for s in range(shards) for _ in range(each)]
+    rows = {}
+    for chip, (part,) in parallel.batch_sharding(mesh).devices_indices_map((64,)).items():
+        rows.setdefault(fed[chip.process_index], set()).add(part.start)
+    assert sum(map(len, rows.values())) == parallel.row_groups(mesh)
+
+
+def test_half_a_cluster_in_the_environment_is_named(monkeypatch):
+    """One of N hosts that trains alone would write what the others write."""
+    def alone(**_):  # as JAX says it
+        raise ValueError("Number of processes must be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", alone)
+    assert parallel.start(None) == 1
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "10.0.0.2:9876")
+    with pytest.raises(DelveError, match="--distributed 10.0.0.2:9876,PROCESSES,INDEX"):
+        parallel.start(None)
 
 
 def test_a_state_is_never_whole_on_a_device(eight):
@@ -256,22 +328,22 @@ def _placed(tree) -> dict:
 
 def _halves(mesh, batch: int) -> list:
     """`feed` of each of two processes that would own half of the mesh's devices."""
-    whole = parallel.batch_sharding
-    out = []
-    for index in range(2):
-        mine = set(jax.devices()[4 * index : 4 * index + 4])
+    whole, alone = parallel.batch_sharding, jax.process_index
 
-        class Part:
-            def addressable_devices_indices_map(self, shape, mine=mine):
-                where = whole(mesh).devices_indices_map(shape)
-                return {d: i for d, i in where.items() if d in mine}
+    class Apart:
+        def devices_indices_map(self, shape):
+            where = whole(mesh).devices_indices_map(shape)
+            return {Chip(d.id, d.id // 4, (), ""): rows for d, rows in where.items()}
 
-        parallel.batch_sharding = lambda mesh, part=Part: part()
-        try:
+    parallel.batch_sharding = lambda mesh: Apart()
+    try:
+        out = []
+        for index in range(2):
+            jax.process_index = lambda i=index: i
             out.append(parallel.feed(mesh, batch))
-        finally:
-            parallel.batch_sharding = whole
-    return out
+        return out
+    finally:
+        parallel.batch_sharding, jax.process_index = whole, alone
 
 
 def _refusal(function, *args) -> str:
@@ -300,10 +372,11 @@ def _eight_devices() -> dict:
             "rows_arrive": bool((np.asarray(there) == rows).all()),
             "rows_per_device": there.addressable_shards[0].data.shape[0],
         }
-    torn = jax.sharding.Mesh(
-        np.array(jax.devices())[[0, 4, 1, 5, 2, 6, 3, 7]].reshape(1, 8, 1), parallel.AXES
+    order = lambda shape, *at: jax.sharding.Mesh(  # noqa: E731
+        np.array(jax.devices())[list(at)].reshape(shape), parallel.AXES
     )
-    out["torn"] = _refusal(_halves, torn, 16)
+    out["to and fro"] = _halves(order((1, 8, 1), 0, 4, 1, 5, 2, 6, 3, 7), 16)
+    out["torn"] = _refusal(_halves, order((1, 4, 2), 0, 1, 2, 4, 3, 5, 6, 7), 16)
     out["four"] = parallel.make_mesh("data=2,model=2").size
     out["sixteen"] = _refusal(parallel.make_mesh, "data=16")
 
@@ -338,5 +411,19 @@ def _eight_devices() -> dict:
     return out
 
 
+def _one_of_two(where: str) -> dict:
+    """What a process reads, and the rows that its devices hold then."""
+    parallel.start(where)
+    mesh = jax.sharding.Mesh(np.array(jax.devices())[[0, 2, 1, 3]].reshape(1, 4, 1), parallel.AXES)
+    shard, shards = parallel.feed(mesh, 8)
+    batch = parallel.global_batch(mesh, np.arange(8, dtype=np.int32)[shard::shards, None])
+    mine = batch.addressable_shards
+    return {
+        "feed": (shard, shards),
+        "places": sorted(s.index[0].start or 0 for s in mine),
+        "rows": sorted(int(row) for s in mine for row in np.asarray(s.data).ravel()),
+    }
+
+
 if __name__ == "__main__":
-    print(json.dumps(_eight_devices()))
+    print(json.dumps(_one_of_two(sys.argv[1]) if sys.argv[1:] else _eight_devices()))

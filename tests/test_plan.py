@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from delve_jax import checkpoint, cli, models, parallel, plan, presets
+from delve_jax import checkpoint, cli, models, parallel, plan, presets, upcycle
 from delve_jax.config import (
     DelveConfig,
     DelveError,
@@ -205,6 +205,14 @@ def test_refusals_name_the_flag(target, flags, said):
     with pytest.raises(DelveError, match=said) as caught:
         plan.plan(target, SOME, no_compile=True, **flags)
     assert "\n" not in str(caught.value)
+
+
+def test_what_would_be_nonsense_is_refused():
+    with pytest.raises(DelveError, match="--tokens -5"):
+        plan.plan("delphi-512", Settings(tokens=-5), no_compile=True)
+    source = str(upcycle.embedded_parents()[0])
+    with pytest.raises(DelveError, match="--keep 0.5: is for presets"):
+        plan.plan(source, SOME, keep=0.5, no_compile=True)
 
 
 def delve(capsys, *argv):

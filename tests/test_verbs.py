@@ -131,7 +131,9 @@ def test_train_again_is_done_and_other_arguments_are_refused(trained, place, cap
     jax.tree.map(np.testing.assert_array_equal, before, arrays(trained))
 
 
-def test_a_stopped_run_goes_on_whatever_save_every(trained, place, capsys, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_whatever_moves_no_number(
+    trained, place, capsys, tmp_path, monkeypatch
+):
     dst, report = tmp_path / "run", loop._report
     argv = ("train", "proxy-neox", dst, "--data", place / "a", *SIZE)
 
@@ -151,7 +153,7 @@ def test_a_stopped_run_goes_on_whatever_save_every(trained, place, capsys, tmp_p
     # the run under way is a model already
     code, out, _ = delve(capsys, "info", partial)
     assert code == 0 and out["parameters"] == models.count(TINY)
-    code, out, _ = delve(capsys, *argv, "--save-every", 3)
+    code, out, _ = delve(capsys, *argv, "--save-every", 3, "--remat", "layer")
     assert code == 0 and out["train"]["steps"] == 8
     jax.tree.map(np.testing.assert_array_equal, arrays(dst), arrays(trained))
     lines, want = (read_metrics(p / "metrics.jsonl") for p in (dst, trained))

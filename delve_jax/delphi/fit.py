@@ -19,8 +19,11 @@ DELTA = 1e-3  # of log loss
 UNIT = 1e20  # FLOPs; C is divided by it in the loss law
 WINDOW = 0.8  # decades of tokens around the optimum that `vertices` looks at
 OUTSIDE = 0.1  # decades by which an optimum may lie beyond its runs
-FEWEST = 3  # runs of a budget, and budgets of a law
-SPARE = 8  # degrees of freedom that a shared term of `vertices` must leave
+FEWEST = 3  # token counts of a budget, and budgets of a law
+SPARE = 8  # degrees of freedom that a shared term of `vertices` must leave, seeds counted once
+BENT = 0.05  # cubes of the spread of log10 tokens that parabolas must leave of a shared cubic
+OCTAVES = 0.1  # of steps that the tokens must not explain already
+EXPONENTS = 0.02, 2.0  # of L(N, D): what `variable_projection` searches, and `determined` believes
 MOST_COMPUTE = 1e6  # times a budget, that `extra_compute` looks at
 
 # ---- descent -------------------------------------------------------------------------------------
@@ -82,8 +85,9 @@ def checked(points: Points) -> Points:
     """The budgets that have an optimum; the others listed in `excluded`, DelveError below three."""
     for C in points.budgets:
         x, L = np.log10(points.T[points.C == C]), points.L[points.C == C]
-        if len(np.unique(x)) < FEWEST:
-            points = points.without(C, f"{len(x)} runs; a parabola needs {FEWEST}")
+        if (n := _different(x)) < FEWEST:
+            reason = f"{len(x)} runs of {n} token counts; a parabola needs {FEWEST}"
+            points = points.without(C, reason)
             continue
         a, b, _ = np.polyfit(x, L, 2)
         if not a > 1e-9:
@@ -143,7 +147,7 @@ class Vertices:
     @property
     def spare(self) -> int:
         """Degrees of freedom that the fit leaves."""
-        return self.design_NQ.shape[0] - self.design_NQ.shape[1]
+        return len(self.design_NQ) - int(np.linalg.matrix_rank(self.design_NQ))
 
     def at(self, L_SN):
         """(x_SK, loss_SK) of the optima for other losses of the same runs; NaN: no minimum."""
@@ -164,7 +168,7 @@ def vertices(points: Points, window: float | None = WINDOW, cubic=True, steps=Tr
     loss = p0 + p1 x + p2 x^2 [budget] + cubic x^3 + steps log2(steps), runs within `window` decades
     of the optimum (None: all). Valleys are skewed alike at every budget, as theory says they are
     (exponents of N and D differ), and a run of fewer, larger batches ends higher. A term is left
-    out where the runs do not determine it.
+    out where the runs do not determine it: other seeds of the same runs do not help it in.
     """
     C, x, L = points.C, np.log10(points.T), points.L
     budgets = points.budgets
@@ -177,13 +181,13 @@ def vertices(points: Points, window: float | None = WINDOW, cubic=True, steps=Tr
     d, L = (x - centre[np.searchsorted(budgets, C)])[keep], L[keep]
     columns = [(which == k) * d**i for k in range(len(budgets)) for i in range(3)]
     shared = {}
-    if cubic and len(d) - len(columns) > SPARE:
+    enough = _different(which, d) - len(columns) > SPARE
+    if cubic and enough and _left(d**3, columns) > BENT * d.std() ** 3:
         shared["cubic"] = d**3
-    if steps and points.log2_steps is not None and len(d) - len(columns) > SPARE * 2:
-        design = np.stack([*columns, *shared.values()], axis=1)
+    if steps and points.log2_steps is not None:
         s = points.log2_steps[keep] - points.log2_steps[keep].mean()
-        rest = s - design @ np.linalg.lstsq(design, s, rcond=None)[0]
-        if rest.std() > 0.1:  # octaves that the tokens do not explain already
+        enough = _different(which, d, s) - len(columns) > SPARE * 2
+        if enough and _left(s, [*columns, *shared.values()]) > OCTAVES:
             shared["steps"] = s
     design = np.stack([*columns, *shared.values()], axis=1)
     q = np.linalg.lstsq(design, L, rcond=None)[0]
@@ -203,15 +207,28 @@ def vertices(points: Points, window: float | None = WINDOW, cubic=True, steps=Tr
     return replace(out, x=x, loss=loss)
 
 
+def _different(*columns) -> int:
+    """How many runs there are but for repeats: these say nothing more of a valley's shape."""
+    return len(np.unique(np.round(np.stack(columns, axis=1), 2), axis=0))
+
+
+def _left(column_N, columns) -> float:
+    """Standard deviation of what the best sum of `columns` leaves of another one."""
+    design = np.stack(columns, axis=1)
+    return float(np.std(column_N - design @ np.linalg.lstsq(design, column_N, rcond=None)[0]))
+
+
 def _window(x, L, window):
-    """(centre, mask): runs near the vertex of the parabola through them, five at least."""
+    """(centre, mask): runs near the vertex of the parabola through them, at five or more places."""
     a, b, _ = np.polyfit(x, L, 2)
     centre, mask = -b / (2 * a), np.ones(len(x), bool)
     if window is None:
         return centre, mask
+    place = np.round(x, 2)  # seeds of a run have one
     for _ in range(10):
-        far = np.abs(x - centre)
-        new = far <= max(window, np.sort(far)[min(5, len(x)) - 1])
+        nearest = np.sort(np.abs(np.unique(place) - centre))
+        fifth = nearest[min(5, len(nearest)) - 1]
+        new = (np.abs(x - centre) <= window) | (np.abs(place - centre) <= fifth)
         if (new == mask).all():
             break
         a, b, _ = np.polyfit(x[new], L[new], 2)
@@ -275,7 +292,8 @@ def parametric(points: Points, weight_SN=None, start=None) -> np.ndarray:
     """(E, A, B, alpha, beta)_S5 of L = E + A N^-alpha + B D^-beta.
 
     Log-sum-exp with Huber on log loss, Chinchilla's grid of 4,500 starts (arXiv 2203.15556, D.2;
-    2404.10102), of which the best 24 descend. `start` ([5], as returned) replaces the grid.
+    2404.10102), of which the best 24 descend. `start` ([5], as returned) replaces the grid. A and B
+    are inf where the runs let an exponent slide so far (see `determined`).
     """
     n, d, y = np.log(points.N), np.log(points.T), np.log(points.L)
     weight = np.ones((1, len(y))) if weight_SN is None else weight_SN
@@ -302,22 +320,22 @@ def parametric(points: Points, weight_SN=None, start=None) -> np.ndarray:
         first = np.array([[np.log(A) - alpha * n0, np.log(B) - beta * d0, np.log(E), alpha, beta]])
     S, k = len(weight), len(first)
     p, _ = _best(*descend(fun, np.tile(first, (S, 1)), np.repeat(weight, k, axis=0)), k)
-    A, B = np.exp(p[:, 0] + p[:, 3] * n0), np.exp(p[:, 1] + p[:, 4] * d0)
+    with np.errstate(over="ignore"):
+        A, B = np.exp(p[:, 0] + p[:, 3] * n0), np.exp(p[:, 1] + p[:, 4] * d0)
     return np.stack([np.exp(p[:, 2]), A, B, p[:, 3], p[:, 4]], axis=1)
 
 
 def variable_projection(points: Points) -> np.ndarray:
     """The same law by least squares of loss: for each (alpha, beta), E, A and B are linear.
 
-    A grid of exponents in [0.02, 2], zoomed seven times; E, A, B must not be negative.
+    A grid over EXPONENTS, zoomed seven times; E, A, B must not be negative.
     """
     n, d = np.log(points.N), np.log(points.T)
     n, d, n0, d0 = n - n.mean(), d - d.mean(), n.mean(), d.mean()
     centre, half = np.log([0.2, 0.2]), np.log(10)
     for _ in range(8):
         alpha, beta = (
-            np.exp(np.clip(c + np.linspace(-half, half, 21), np.log(0.02), np.log(2)))
-            for c in centre
+            np.exp(np.clip(c + np.linspace(-half, half, 21), *np.log(EXPONENTS))) for c in centre
         )
         a, b = (v.ravel() for v in np.meshgrid(alpha, beta, indexing="ij"))
         X = np.stack([np.ones((len(a), len(n))), np.exp(-a[:, None] * n), np.exp(-b[:, None] * d)])
@@ -331,6 +349,15 @@ def variable_projection(points: Points) -> np.ndarray:
         raise DelveError(f"{points.source}: no L(N, D) with positive terms fits these runs")
     E, A, B = q[best]
     return np.array([E, A * np.exp(a[best] * n0), B * np.exp(b[best] * d0), a[best], b[best]])
+
+
+def determined(law) -> bool:
+    """Whether the exponents of an (E, A, B, alpha, beta) stop short of the ends of EXPONENTS.
+
+    Those of runs that are parallel valleys, or few, slide to an end or past it.
+    """
+    low, high = EXPONENTS
+    return bool(all(1.01 * low < x < 0.99 * high for x in law[3:]))
 
 
 def parametric_at(law, N, T):

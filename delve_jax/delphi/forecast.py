@@ -42,6 +42,7 @@ VARIANTS = {
     "without skew": {"cubic": False},
     "all runs": {"window": None},
 }
+SURFACE = ("E", "A", "B", "alpha", "beta")  # of L(N, D)
 SCALES = (0.2, 0.5, 2.0, 5.0, 10.0)  # tokens over T* of the penalty's table
 
 
@@ -191,24 +192,37 @@ def _named(law, laws=None) -> dict:
 
 
 def _parametric(runs: Points) -> dict | None:
-    """L(N, D) twice, with bootstrap intervals over runs (Huber); None below seven runs."""
+    """L(N, D) twice, with bootstrap intervals over runs (Huber); None below seven runs.
+
+    {"failed": why} for a fit whose exponents the runs do not determine; intervals are None where
+    redrawn runs do not.
+    """
     n = len(runs.C)
     if n < 7:
         return None
-    names = ("E", "A", "B", "alpha", "beta")
     law = fit.parametric(runs)[0]
-    rng = np.random.default_rng(SEED)
-    weight = rng.multinomial(n, np.ones(n) / n, FEW_SAMPLES).astype(float)
-    low, high = np.percentile(fit.parametric(runs, weight, law), [2.5, 97.5], axis=0)
-    out = {"huber": dict(zip(names, map(float, law), strict=True))}
-    for i, name in enumerate(names):
-        out["huber"][f"{name}_interval"] = [float(low[i]), float(high[i])]
+    out = {"huber": _surface(law)}
+    if "E" in out["huber"]:
+        rng = np.random.default_rng(SEED)
+        weight = rng.multinomial(n, np.ones(n) / n, FEW_SAMPLES).astype(float)
+        with np.errstate(invalid="ignore"):  # between two draws that are inf
+            ends = np.percentile(fit.parametric(runs, weight, law), [2.5, 97.5], axis=0)
+        known = np.isfinite(ends).all() and all(map(fit.determined, ends))
+        for name, pair in zip(SURFACE, ends.T, strict=True):
+            out["huber"][f"{name}_interval"] = pair.tolist() if known else None
     try:
-        projected = fit.variable_projection(runs)
-        out["projection"] = dict(zip(names, map(float, projected), strict=True))
+        out["projection"] = _surface(fit.variable_projection(runs))
     except DelveError as err:
         out["projection"] = {"failed": str(err)}
     return out
+
+
+def _surface(law) -> dict:
+    """E, A, B, alpha, beta by name, or why not."""
+    if not fit.determined(law):
+        low, high = fit.EXPONENTS
+        return {"failed": f"the runs determine no exponents between {low:g} and {high:g}"}
+    return dict(zip(SURFACE, map(float, law), strict=True))
 
 
 def _penalties(rows: list[dict], law, runs: Points, ahead: Sequence[float]) -> dict:

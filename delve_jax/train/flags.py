@@ -132,6 +132,9 @@ def terms(kw: dict):
     drops = ("stream_drop", "rank_drop", "ffn_share")
     drops = {name: kw.pop(name) for name in drops if name in kw}
     if kw.pop("objective", "ce+kl") == "ce":
+        unused = {"kl-weight": kl != 0.5, "stream-kl": streams != 0, "hidden-match": hidden != 0}
+        for flag in (name for name, given in unused.items() if given):
+            raise DelveError(f"--{flag}: not beside --objective ce, which asks no teacher")
         return Terms(ce=1.0, kl=0.0, **drops)
     ce = 1 - kl if isinstance(kl, float) else tuple(1 - w for w in kl)
     return Terms(ce=ce, kl=kl, streams=streams, hidden=hidden, **drops)

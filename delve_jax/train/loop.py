@@ -166,15 +166,21 @@ def fit(
         del made
     frozen = jax.device_put(frozen, parallel.shardings(mesh, frozen))
     step_fn = make_step(loss_fn, optimizer, mesh, state, frozen, accumulate)
-    main = parallel.is_main()
-    log = MetricsLog(workdir / "metrics.jsonl", sinks=saving.track) if main else None
-    bar = progress(steps, desc, unit="step", hide=not main)
+    log: MetricsLog | None = None
+
+    def opened():
+        nonlocal log
+        log = MetricsLog(workdir / "metrics.jsonl", sinks=saving.track)
+        log.rewind(start)
+
+    parallel.on_main(opened)  # a sink that refuses ends all processes, not the first alone
+    bar = progress(steps, desc, unit="step", hide=log is None)
     with contextlib.ExitStack() as stack:
         terminated = stack.enter_context(_Terminated())
         stack.callback(_finish, states)
         stack.enter_context(bar)
         if log:
-            stack.enter_context(log).rewind(start)
+            stack.enter_context(log)
         bar.update(start)
         clock, due = _Clock(start), _Due(saving.minutes, start)
         pending, before = None, ()

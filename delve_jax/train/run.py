@@ -29,6 +29,7 @@ from .objective import Terms
 
 FIT_WINDOWS = 32
 FITTED = "teachers.json"  # in the folder of a run under way: the weights that it teaches with
+TRAINS = ("all", "experts", "joints")
 LONGEST_WINDOW = 512  # tokens of a row unless asked for; the context where that is shorter
 
 
@@ -81,7 +82,7 @@ class Settings:
             ("--schedule", self.schedule, ("wsd", "cosine", "linear")),
             ("--compute", self.compute, ("float32", "bfloat16", "float64")),
             ("--remat", self.remat, ("auto", "none", "layer", "dots")),
-            ("--train", self.trains, ("all", "experts", "joints")),
+            ("--train", self.trains, TRAINS),
         ):
             if value not in known:
                 raise DelveError(f"{flag} {value}: choose one of {', '.join(known)}")
@@ -203,7 +204,7 @@ def read_stages(source: str) -> tuple[Stage, ...]:
         return STAGES
     try:
         rows = json.loads(Path(source).read_text())
-    except (OSError, json.JSONDecodeError) as err:
+    except (OSError, ValueError) as err:  # also bytes that are no text
         raise DelveError(f"--stages {source}: a JSON list of stages is expected ({err})") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows) or not rows:
         raise DelveError(f"--stages {source}: a JSON list of stages is expected")
@@ -224,6 +225,8 @@ def read_stages(source: str) -> tuple[Stage, ...]:
             value = getattr(out[-1], field)
             if not isinstance(value, (int, float)) or not 0 < value <= most:
                 raise DelveError(f"{where}: field '{field}' must lie in (0, {most}]")
+        if out[-1].trains not in TRAINS:
+            raise DelveError(f"{where}: field 'trains' must be one of {', '.join(TRAINS)}")
     if not math.isclose(sum(s.share for s in out), 1, abs_tol=1e-6):
         raise DelveError(f"--stages {source}: the shares must sum to 1")
     if len({s.name for s in out}) < len(out) or not all(
@@ -299,6 +302,23 @@ def step_of(cfg: Config, teachers: tuple, settings: Settings, mesh: Mesh):
     return step, (parallel.abstract(mesh, state), parallel.abstract(mesh, frozen), tokens, index)
 
 
+def check(
+    cfg: Config,
+    teachers: tuple[Config, ...],
+    settings: Settings,
+    mesh: Mesh,
+    terms: Terms = Terms(),  # noqa: B008  (frozen)
+    cached: bool = False,
+) -> None:
+    """DelveError where `heal` cannot do this; nothing is read or allocated for it."""
+    settings.checked(mesh), terms.checked()
+    if settings.trains != "all" and cfg.family != "delve":
+        raise DelveError(f"--train {settings.trains}: only a DELVE has experts and joints")
+    if any(t.vocab_size != cfg.vocab_size for t in teachers):
+        raise DelveError("--teachers: their vocabulary is not that of the model to heal")
+    _loss(cfg, teachers, settings, mesh, None, terms, cached)
+
+
 def heal(
     cfg: Config,
     make: Callable[[], dict],
@@ -324,15 +344,12 @@ def heal(
     step; they are no part of the compiled step. read: facts of the text that open_data leaves when
     it is called; by its data_hash a cache knows the text.
     """
-    settings, terms = settings.checked(mesh), terms.checked()
-    if settings.trains != "all" and cfg.family != "delve":
-        raise DelveError(f"--train {settings.trains}: only a DELVE has experts and joints")
+    cached = teacher_cache is not None and bool(teachers)
+    configs = tuple(c for c, _ in teachers)
+    check(cfg, configs, settings, mesh, terms, cached)
     T = settings.row_length(cfg)
-    frozen, report, configs = (), {"objective": "ce"}, ()
+    frozen, report = (), {"objective": "ce"}
     if teachers:
-        configs = tuple(c for c, _ in teachers)
-        if len({cfg.vocab_size, *(c.vocab_size for c in configs)}) > 1:
-            raise DelveError("--teachers: their vocabulary is not that of the model to heal")
         how_fitted = {"teacher_weights_from": "given"}
         if weights is None:
             weights, how_fitted = _teacher_weights(configs, teachers, open_data, T, Path(workdir))
@@ -348,7 +365,6 @@ def heal(
         }
     shard, shards = parallel.feed(mesh, settings.batch)
     dataset = open_data(T, settings.batch, shard, shards)
-    cached = teacher_cache is not None and bool(teachers)
     loss = _loss(cfg, configs, settings, mesh, eot, terms, cached)
     if cached:
         found = cache.make(
