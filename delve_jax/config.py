@@ -176,7 +176,7 @@ def to_json(cfg: Config) -> dict:
 def from_json(data: dict, where: str = "config.json") -> Config:
     """The config that `to_json` wrote; `where` names the file in errors."""
     data = dict(data)
-    cls = FAMILIES.get(data.pop("family", None))
+    cls = FAMILIES.get(str(data.pop("family", None)))
     if cls is None:
         raise DelveError(f"{where}: field 'family' must be one of {', '.join(FAMILIES)}")
     names = {field.name for field in dataclasses.fields(cls)}
@@ -184,42 +184,79 @@ def from_json(data: dict, where: str = "config.json") -> Config:
         raise DelveError(f"{where}: unknown field '{unknown[0]}' for family {cls.family}")
     if data.get("storage", "uv") not in STORAGES:
         raise DelveError(f"{where}: field 'storage' must be one of {', '.join(STORAGES)}")
-    for name in ("ranks", "nested"):
-        if name in data:
-            data[name] = tuple((k, tuple(v)) for k, v in data[name].items())
+    for field in dataclasses.fields(cls):
+        parse, form = _FORMS.get(field.type, (None, ""))
+        if parse and field.name in data:
+            try:
+                data[field.name] = parse(data[field.name])
+            except (AttributeError, TypeError):
+                raise DelveError(f"{where}: field '{field.name}' must be {form}") from None
     if "streams" in data:
-        streams = [dict(s) for s in data["streams"]]
-        data["streams"] = tuple((s.pop("name"), from_json(s, where)) for s in streams)
-    for name in ("teachers", "codes"):
-        if name in data:
-            data[name] = tuple(data[name])
-    try:
-        if "neurons" in data:
-            data["neurons"] = _neurons(data["neurons"], data, where)
-        full = dict(data.get("ranks", ())) | {"neurons": data.get("neurons", ())}
-        for name, sizes in data.get("nested", ()):
-            most = full.get(name, ())
-            if len(sizes) != len(most) or not all(map(lambda a, b: 0 <= a <= b, sizes, most)):
-                raise DelveError(
-                    f"{where}: field 'nested' gives '{name}' the sizes {list(sizes)}, the model "
-                    f"has {list(most)}; leave the field out to shrink all ranks alike"
-                )
-        if data.get("rope_scaling") is not None:
-            data["rope_scaling"] = RopeScaling(*data["rope_scaling"])
-        return cls(**data)
-    except TypeError as err:
-        raise DelveError(f"{where}: {err}") from None
-
-
-def _neurons(value, data: dict, where: str) -> tuple[int, ...]:
-    """The field `neurons`, checked against the stack that it describes."""
-    neurons, layers, width = tuple(value), data.get("n_layers"), data.get("d_ffn")
+        data["streams"] = _streams(data["streams"], where)
+    neurons, layers, width = data.get("neurons"), data.get("n_layers"), data.get("d_ffn")
     if neurons and (width is None or len(neurons) != layers or max(1, *neurons) != width):
         raise DelveError(
             f"{where}: field 'neurons' must name one MLP width for each of the {layers} layers, "
             f"the largest of them d_ffn ({width})"
         )
-    return neurons
+    for name, ranks in data.get("ranks", ()):
+        if len(ranks) not in (1, layers) or min(ranks) < 0:  # 1: a map outside the layers
+            raise DelveError(
+                f"{where}: field 'ranks' gives '{name}' {list(ranks)}; it must be one rank of at "
+                f"least 0 for each of the {layers} layers"
+            )
+    full = dict(data.get("ranks", ())) | {"neurons": neurons or ()}
+    for name, sizes in data.get("nested", ()):
+        most = full.get(name, ())
+        if len(sizes) != len(most) or not all(map(lambda a, b: 0 <= a <= b, sizes, most)):
+            raise DelveError(
+                f"{where}: field 'nested' gives '{name}' the sizes {list(sizes)}, the model "
+                f"has {list(most)}; leave the field out to shrink all ranks alike"
+            )
+    try:
+        return cls(**data)
+    except TypeError as err:  # a field without a default is missing
+        raise DelveError(f"{where}: {err}") from None
+
+
+def _of(value, *kinds: type):
+    """`value`, of one of these types; true and false are no numbers. TypeError: it is not."""
+    if type(value) not in kinds:
+        raise TypeError
+    return value
+
+
+def _list(value, *kinds: type) -> tuple:
+    return tuple(_of(item, *kinds) for item in _of(value, list, tuple))
+
+
+_FORMS = {  # annotation of a field -> (its value from JSON's, what it must be)
+    "int": (lambda v: _of(v, int), "a whole number"),
+    "float": (lambda v: _of(v, int, float), "a number"),
+    "bool": (lambda v: _of(v, bool), "true or false"),
+    "str": (lambda v: _of(v, str), "a string"),
+    "tuple[int, ...]": (lambda v: _list(v, int), "a list of whole numbers"),
+    "tuple[str, ...]": (lambda v: _list(v, str), "a list of strings"),
+    "Ranks": (
+        lambda v: tuple((name, _list(sizes, int)) for name, sizes in v.items()),
+        "an object: for each map a list of whole numbers",
+    ),
+    "RopeScaling | None": (
+        lambda v: v if v is None else RopeScaling(*_list(v, int, float)), "four numbers or null",
+    ),
+}  # fmt: skip
+
+
+def _streams(value, where: str) -> tuple[tuple[str, ParentConfig], ...]:
+    """(name, config) of each parent in a DELVE."""
+    try:
+        rows = [dict(row) for row in _of(value, list)]
+        names = [_of(row.pop("name"), str) for row in rows]
+    except (KeyError, TypeError, ValueError):
+        names = []
+    if not names:
+        raise DelveError(f"{where}: field 'streams' must be a list of parents, each with a 'name'")
+    return tuple((name, from_json(row, where)) for name, row in zip(names, rows, strict=True))
 
 
 def read_json(path: str | Path) -> dict:

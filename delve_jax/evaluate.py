@@ -149,14 +149,14 @@ def evaluate(model, texts: Sequence[str], window=None, stride=None, batch=None) 
     scorer = as_scorer(model)
     tok, bos = tokenizer_of(scorer)
     ids = data.encode_documents(tok, texts)
-    if not len(ids):
+    size = sum(len(text.encode("utf-8")) for text in texts)
+    if not size or not len(ids):  # empty documents have ends
         raise DelveError("evaluate: the text is empty; name text with --text")
     check_ids(ids, scorer.vocab_size)
     window = window or min(scorer.context_length, WINDOW)
     stride = stride or max(1, window // 2)
     nll_n, per_second = _nll(scorer, ids, window, stride, batch, bos, timed=True)
     total = float(nll_n.sum(dtype=np.float64))
-    size = sum(len(text.encode("utf-8")) for text in texts)
     return {
         "nll_per_token": total / len(ids),
         "bits_per_byte": total / math.log(2) / size,

@@ -22,7 +22,8 @@ from .metrics import progress
 from .models import delve
 
 CONNECTORS = ("hub", "cross", "self", "none")
-ROWS = 4096  # tokens whose logits exist at a time
+ROWS = 4096  # tokens that are looked at together
+LOGITS_BYTES = 2**29  # of the float32 logits of all parents, where these many are less
 
 
 def joint_config(
@@ -66,7 +67,8 @@ def joint_config(
 
 def joints_count(cfg: DelveConfig) -> int:
     """Parameters that fusion adds to its parents: pool, hub, gate."""
-    return models.count(cfg) - sum(models.count(sub) for _, sub in cfg.streams)
+    tree = models.abstract_params(cfg)
+    return sum(a.size for name in ("pool", "hub", "gate") for a in jax.tree.leaves(tree.get(name)))
 
 
 def fuse(
@@ -231,9 +233,11 @@ class _Cached:
         targets_N = tokens_NT[:, 1:].reshape(-1)
         self.tokens, self.K = len(targets_N), len(configs)
         self.heads = [models.head_params(c, p) for c, p in zip(configs, params, strict=True)]
+        # several arrays [K, n, V] exist at a time
+        n = self.rows = max(1, min(ROWS, LOGITS_BYTES // (4 * self.K * configs[0].vocab_size)))
         self.chunks = [
-            ([f[i : i + ROWS] for f in features], jnp.asarray(targets_N[i : i + ROWS]))
-            for i in range(0, len(targets_N), ROWS)
+            ([f[i : i + n] for f in features], jnp.asarray(targets_N[i : i + n]))
+            for i in range(0, len(targets_N), n)
         ]
 
         def logits(heads, f):
@@ -274,7 +278,7 @@ class _Cached:
         def value_grad_hess(a):
             sums = None
             for i, (f, y) in enumerate(self.chunks):
-                w_n = jnp.asarray(weights_N[i * ROWS : i * ROWS + len(y)], jnp.float32)
+                w_n = jnp.asarray(weights_N[i * self.rows :][: len(y)], jnp.float32)
                 part = self._pass(self.heads, f, y, jnp.asarray(a, jnp.float32), w_n)
                 part = [np.asarray(x, np.float64) for x in part]
                 sums = part if sums is None else [s + x for s, x in zip(sums, part, strict=True)]

@@ -21,9 +21,12 @@ try:
     import lm_eval.models  # noqa: F401  (its own models: it looks for them in an empty registry only)
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError:
-    raise DelveError("delve_jax.harness: lm-eval is not installed; pip install lm_eval") from None
+    raise DelveError(
+        "delve_jax.harness: lm-eval is not installed, or an old one; pip install 'lm_eval>=0.4.13'"
+    ) from None
 
 NEW_TOKENS = 256  # where a task does not say how many
 
@@ -49,6 +52,7 @@ class DelveLM(TemplateLM):
         self._tok, self._eot = evaluate.tokenizer_of(self._scorer)
         if self._eot is None:
             raise DelveError(f"{pretrained}: lm-eval needs a tokenizer with <|endoftext|>")
+        self._told = False  # that answers are shorter than a task asks for
 
     @property
     def eot_token_id(self) -> int:
@@ -76,21 +80,30 @@ class DelveLM(TemplateLM):
         return out
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Greedy or sampled continuations, cut before the first of the task's stops."""
-        out = []
-        for request in requests:
-            context, how = request.args
-            stops = how.get("until") or []
-            stops = [stops] if isinstance(stops, str) else stops
-            n = int(how.get("max_gen_toks", NEW_TOKENS))
-            ids = self.tok_encode(context)[-max(1, self._scorer.context_length - n) :]
+        """Greedy or sampled continuations, cut before the first of the task's stops.
+
+        Of the window half is the prompt's at least. The seed is a request's place among them: one
+        that a task repeats (maj@k) gets another sample each time.
+        """
+        out, most = [], max(1, self._scorer.context_length // 2)
+        for seed, request in enumerate(requests):
+            how = normalize_gen_kwargs(request.args[1], NEW_TOKENS)
+            n = min(how["max_gen_toks"], most)
+            if n < how["max_gen_toks"] and not self._told:
+                print(f"delve_jax.harness: max_gen_toks {how['max_gen_toks']}: answers end at {n} "
+                      "tokens, half the model's context", file=sys.stderr)  # fmt: skip
+                self._told = True
+            ids = self.tok_encode(request.args[0])[-max(1, self._scorer.context_length - n) :]
             made = self.model.generate(
-                np.array([ids or [self._eot]]), n, stop=[self._eot],
-                temperature=float(how.get("temperature", 0.0)) * bool(how.get("do_sample", False)),
+                np.array([ids or [self._eot]]), n, stop=[self._eot], seed=seed,
+                # like transformers, which `--model hf` runs: sampling that names none is at 1
+                temperature=float(how.get("temperature", 1.0)) if how["do_sample"] else 0.0,
+                top_k=max(0, int(how.get("top_k") or 0)),  # -1, as vLLM has it: all
+                top_p=float(how.get("top_p", 1.0)),
             )  # fmt: skip
             (new,) = evaluate.ended(np.asarray(made)[:, len(ids or [0]) :], [self._eot])
             text = self._tok.decode(new)
-            for stop in stops:
+            for stop in how["until"]:
                 text = text.partition(stop)[0] if stop else text
             out.append(text)
         return out

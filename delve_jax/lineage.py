@@ -61,12 +61,18 @@ def public_source(src: str | Path) -> str:
 
 def _license(path: Path) -> str | None:
     """What the card in a parent's directory says of its licence, None where it says nothing."""
+    import huggingface_hub
+
     card = path / "README.md"
     if not card.is_file():
         return None
-    head = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.S)
-    found = head and re.search(r"^license:\s*['\"]?([\w.-]+)", head[1], re.M)
-    return found[1] if found else None
+    try:
+        said = (huggingface_hub.metadata_load(card) or {}).get("license")
+    except Exception:  # no text, or a head that is no YAML, in one of many types
+        return None
+    if isinstance(said, list) and len(said) == 1:
+        (said,) = said
+    return said if isinstance(said, str) else None
 
 
 def _brief(facts: dict) -> dict:

@@ -66,10 +66,20 @@ class LM:
         return models.init_state(self.config, batch, max_len, self.how.dtype)
 
     def step(self, tokens_BT, state: dict, mask_BT=None) -> tuple[jax.Array, dict]:
-        """Continue a state by T >= 1 tokens -> (logits [B, T, V], new state)."""
+        """Continue a state by T >= 1 tokens -> (logits [B, T, V], new state).
+
+        mask_BT: as in `logits`; a row's padding may go on over several calls. DelveError: it comes
+        behind text that a recurrent stream has read.
+        """
         tokens_BT = self._checked(tokens_BT)
+        mask_BT = _checked_mask(mask_BT, tokens_BT)
+        if mask_BT is not None:
+            late = np.asarray(models.begun(self.config, state)) & ~np.asarray(mask_BT[:, 0])
+            if late.any():
+                raise DelveError(f"mask: row {late.argmax()} has a state, and padding would enter "
+                                 "it; step rows of other lengths by themselves")  # fmt: skip
         state = models.grow(self.config, state, tokens_BT.shape[1])
-        return self._forward(self.params, tokens_BT, state, _checked_mask(mask_BT, tokens_BT))
+        return self._forward(self.params, tokens_BT, state, mask_BT)
 
     def generate(
         self,
@@ -121,7 +131,7 @@ class LM:
         for i, a in enumerate(map(np.asarray, jax.tree.leaves(state))):
             short = a.dtype == jnp.bfloat16  # which NumPy's files do not know
             leaves[f"{i:04}{BFLOAT16 * short}"] = a.view(np.uint16) if short else a
-        half = Path(path).with_suffix(".writing")
+        half = Path(path).with_name(Path(path).name + ".writing")
         with half.open("wb") as file:
             np.savez(file, model=self._fingerprint(), **leaves)
         half.replace(path)
@@ -138,7 +148,7 @@ class LM:
                 leaves = [
                     file[n].view(jnp.bfloat16) if n.endswith(BFLOAT16) else file[n] for n in names
                 ]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as err:
+        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as err:
             raise DelveError(f"{path}: not a readable state ({err})") from None
         if made_for != self._fingerprint():
             raise DelveError(
@@ -153,7 +163,12 @@ class LM:
         return hashlib.sha256(known.encode()).hexdigest()
 
     def _checked(self, tokens_BT) -> jax.Array:
-        tokens = np.asarray(tokens_BT)
+        try:
+            tokens = np.asarray(tokens_BT)
+        except ValueError:
+            raise DelveError(
+                "tokens: rows of several lengths; pad on the left and pass mask_BT"
+            ) from None
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or not tokens.size:
             raise DelveError(f"tokens: integer ids [B, T] expected, got {tokens.dtype} "
                              f"{list(tokens.shape)}")  # fmt: skip

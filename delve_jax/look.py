@@ -115,7 +115,8 @@ def generate(
 def info(src) -> dict:
     """Family, parameters, bytes, ranks, pool weights and tokenizer hash of any source.
 
-    Of a checkpoint no weights are read but the pool's. DelveError: no source, or a damaged one.
+    No weights are read but a pool's (of an exported DELVE: all). DelveError: no source, or a
+    damaged one.
 
     >>> import delve_jax
     >>> facts = delve_jax.info(delve_jax.upcycle.embedded_parents()[-1])
@@ -127,9 +128,11 @@ def info(src) -> dict:
         cfg = checkpoint.load_config(path)
         tokenizer = checkpoint.load_tokenizer(path)
         pool = checkpoint.restore_part(path, "pool") if cfg.family == "delve" else None
-    else:
+    elif kind == "delve":
         cfg, params, tokenizer = parents.load(src)
-        pool = params.get("pool")
+        pool = params["pool"]
+    else:
+        (cfg, tokenizer), pool = parents.peek(src), None
     out = {
         "family": cfg.family,
         "parameters": valid_count(cfg),

@@ -50,6 +50,8 @@ def begin(
 def _begin(dst: Path, command: dict, overwrite: bool, text: Sequence[str | Path]) -> bool:
     partial = partial_of(dst)
     command, hashes = json.loads(json.dumps(command, default=str)), data.text_hashes(text)
+    if overwrite:
+        checkpoint.check_replaceable(dst)  # now, not when the work is done
     if dst.exists() and not overwrite:
         if (known := _record(dst)) and known.get("command") == command:
             if changed := _changed(known, hashes):
@@ -65,7 +67,11 @@ def _begin(dst: Path, command: dict, overwrite: bool, text: Sequence[str | Path]
     same = known is not None and known.get("command") == command
     changed = _changed(known, hashes) if same else None
     if partial.exists() and (changed or not same):
-        if known is not None and not overwrite and _has_work(partial):
+        if not overwrite and _has_work(partial):
+            if known is None:
+                raise DelveError(
+                    f"{partial}: is in the way and not ours (no run.json); move it, or --overwrite"
+                )
             if changed:
                 raise DelveError(
                     f"{changed}: has changed since {partial} was begun with it; put it back, or "
@@ -101,6 +107,7 @@ def _changed(known: dict, hashes: dict[str, str]) -> str | None:
 def _has_work(partial: Path) -> bool:
     """Whether more stands there than what a command that failed at once leaves."""
     notes = {"run.json", "config.json", "tokenizer.json", "metrics.jsonl", "teachers.json", *SINKS}
+    notes |= {"run.json.writing"}  # of a kill before the record was whole
     return any(p.name not in notes for p in partial.iterdir())
 
 
@@ -288,12 +295,14 @@ def source_of(src) -> str:
 def same_tokenizer(named: list[tuple[str, str | None]]) -> None:
     """DelveError unless all (source, tokenizer JSON) pairs give every id the same meaning."""
     first, reference = named[0]
-    meaning = lambda text: (  # noqa: E731
-        None if text is None else data.load_tokenizer(text, 0).get_vocab(with_added_tokens=True)
-    )
-    expected = meaning(reference)
+    meaning = lambda text: data.load_tokenizer(text, 0).get_vocab(with_added_tokens=True)  # noqa: E731
     for name, text in named[1:]:
-        if text != reference and meaning(text) != expected:
+        if (text is None) != (reference is None):
+            lacks, has = (name, first) if text is None else (first, name)
+            raise DelveError(
+                f"{lacks}: has no tokenizer.json and {has} has one; put one beside its weights"
+            )
+        if text != reference and meaning(text) != meaning(reference):
             raise DelveError(
                 f"{name}: its tokenizer differs from that of {first}; parents must share one"
             )
@@ -337,6 +346,8 @@ def fuse(
                "hub_rank": hub_rank, "ffn_skip": ffn_skip, "warm_hub": warm_hub, "codes": codes,
                "data_hash": data.data_hash(documents) if documents else None,
                "seed": seed}  # fmt: skip
+    if teachers is not None:  # they are read from the sources otherwise
+        command["teachers"] = list(map(str, teachers))
     if warm_hub and not (calibrate or documents):
         raise DelveError("--warm-hub: name text with --calibrate; the maps are fitted on it")
     if begin(dst, command, overwrite, calibrate):

@@ -91,16 +91,17 @@ def _example(row: dict, mmlu: str) -> Example:
         pairs = (("", row["sentence_good"]), ("", row["sentence_bad"]))
     elif "canonical_solution" in row:
         pairs = ((row["prompt"], row["canonical_solution"]),)
-        more = {"kind": "code", "answer": f"{row['test']}\ncheck({row['entry_point']})\n"}
+        test = f"{_text(row, 'test')}\ncheck({_text(row, 'entry_point')})\n"
+        more = {"kind": "code", "answer": test}
     elif "question" in row and "choices" in row:
         pairs, gold = _lettered(row, mmlu), row["answer"]
-        subject = row.get("subject", "")
+        subject = _subject(row)
         more = {"subject": subject, "heading": _heading(subject)}
     elif "choices" in row:
-        pairs, gold = tuple((row["query"], choice) for choice in row["choices"]), row["gold"]
-        more = {"subject": row.get("subject", "")}
+        pairs, gold = tuple((row["query"], one) for one in _texts(row, "choices")), row["gold"]
+        more = {"subject": _subject(row)}
     elif "context_options" in row:
-        pairs = tuple((option, row["continuation"]) for option in row["context_options"])
+        pairs = tuple((one, row["continuation"]) for one in _texts(row, "context_options"))
         gold = row["gold"]
     elif "answer" in row:
         pairs, more = _worked(row)
@@ -110,9 +111,28 @@ def _example(row: dict, mmlu: str) -> Example:
         isinstance(context, str) and isinstance(text, str) and text for context, text in pairs
     ):
         raise TypeError("an alternative is empty or not a string")
-    if not 0 <= gold < len(pairs):
-        raise ValueError(f"gold {gold} of {len(pairs)} choices")
+    if gold not in range(len(pairs)):  # nor is 0.5, or "0"
+        raise ValueError(f"gold {gold!r} of {len(pairs)} choices")
+    texts = [*itertools.chain(*pairs), more.get("subject", ""), more.get("answer", "")]
+    "".join(texts).encode("utf-8")  # JSON may hold half a character, which no tokenizer reads
     return Example(tuple(_without_joint(*pair) for pair in pairs), int(gold), **more)
+
+
+def _text(row: dict, field: str) -> str:
+    if not isinstance(row[field], str):
+        raise TypeError(f"field '{field}' is {row[field]!r}, a string is expected")
+    return row[field]
+
+
+def _texts(row: dict, field: str) -> list[str]:
+    some = row[field]
+    if not isinstance(some, list) or not all(isinstance(one, str) for one in some):
+        raise TypeError(f"field '{field}' is {some!r}, a list of strings is expected")
+    return some
+
+
+def _subject(row: dict) -> str:
+    return "" if row.get("subject") is None else _text(row, "subject")
 
 
 def _without_joint(context: str, text: str) -> tuple[str, str]:
@@ -124,10 +144,11 @@ def _without_joint(context: str, text: str) -> tuple[str, str]:
 
 def _lettered(row: dict, mmlu: str) -> tuple[tuple[str, str], ...]:
     """An MMLU question with its options under it, as the benchmark's authors print it."""
-    if len(row["choices"]) > len(LETTERS):
-        raise ValueError(f"{len(row['choices'])} choices; there are letters for {len(LETTERS)}")
-    options = [f"{a}. {c}" for a, c in zip(LETTERS, row["choices"], strict=False)]
-    query = "\n".join([row["question"].strip(), *options, "Answer:"])
+    choices = _texts(row, "choices")
+    if len(choices) > len(LETTERS):
+        raise ValueError(f"{len(choices)} choices; there are letters for {len(LETTERS)}")
+    options = [f"{a}. {c}" for a, c in zip(LETTERS, choices, strict=False)]
+    query = "\n".join([_text(row, "question").strip(), *options, "Answer:"])
     scored = options if mmlu == "verb" else LETTERS[: len(options)]
     return tuple((query, text) for text in scored)
 
@@ -135,10 +156,10 @@ def _lettered(row: dict, mmlu: str) -> tuple[tuple[str, str], ...]:
 def _worked(row: dict) -> tuple[tuple[tuple[str, str], ...], dict]:
     """A GSM8K line: the published solution is scored, the number behind #### is asked for."""
     if "chain_of_thought" in row:
-        question, number = row["context"], row["answer"]
-        solution = f"{row['chain_of_thought']}\n#### {number}"
+        question, number = _text(row, "context"), _text(row, "answer")
+        solution = f"{_text(row, 'chain_of_thought')}\n#### {number}"
     else:
-        question, solution = row["question"], row["answer"]
+        question, solution = _text(row, "question"), _text(row, "answer")
         number = solution.rpartition("####")[2]
     if not _number(number):
         raise ValueError(f"answer {number!r} is not a number behind ####")
@@ -209,6 +230,8 @@ def evaluate_task(
             raise DelveError(f"{flag} {value}: must be at least {least}")
     if mmlu not in MMLU:
         raise DelveError(f"--mmlu {mmlu}: choose one of {', '.join(MMLU)}")
+    if shots_from and not shots:
+        raise DelveError(f"--shots-from {shots_from}: nothing is shown of it; give --shots N too")
     scorer = as_scorer(model)
     tok, bos = tokenizer_of(scorer)
     examples = read_task(path, mmlu)
@@ -222,29 +245,35 @@ def evaluate_task(
     desc = Path(path).stem
     scored = iter(continuations(scorer, jobs, batch, bos, desc))
     rows = [_metrics(one, [next(scored) for _ in one.pairs]) for one in examples]
-    asked = [i for i, one in enumerate(examples)
-             if one.kind == "number" or (one.kind == "code" and run_code)]  # fmt: skip
-    hard = _generated(scorer, tok, [examples[i] for i in asked], batch, desc) if asked else []
-    for i, row in zip(asked, hard, strict=True):
-        rows[i] |= row
+    for kind in ("number", "code") if run_code else ("number",):  # stops and lengths are a kind's
+        asked = [i for i, one in enumerate(examples) if one.kind == kind]
+        hard = _generated(scorer, tok, [examples[i] for i in asked], batch, desc) if asked else []
+        for i, row in zip(asked, hard, strict=True):
+            rows[i] |= row
     out = {"task": desc, "examples": len(rows)} | ({"shots": shots} if shots else {})
     return out | _means(examples, rows)
 
 
 def _means(examples: list[Example], rows: list[dict]) -> dict:
-    """Means of every metric; over subjects where there are any."""
-    mean = lambda some, key: float(np.mean([r[key] for r in some if key in r]))  # noqa: E731
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    names = sorted({one.subject for one in examples} - {""})
-    out = {key: mean(rows, key) for key in keys}
-    if not names:
+    """Means of every metric; over subjects where there are any: lines without are one of them."""
+
+    def means(some):
+        found = {}
+        for row in some:
+            for key, value in row.items():
+                found.setdefault(key, []).append(value)
+        return {key: float(np.mean(values)) for key, values in found.items()}
+
+    out, names = means(rows), sorted({one.subject for one in examples})
+    if names == [""]:
         return out
     parts = {name: [row for one, row in zip(examples, rows, strict=True) if one.subject == name]
              for name in names}  # fmt: skip
-    out |= {key: float(np.mean([mean(part, key) for part in parts.values()]))
-            for key in keys if key in SOFT}  # fmt: skip
-    subjects = {name: {"examples": len(part), "acc": mean(part, "acc")}
-                for name, part in parts.items()}  # fmt: skip
+    by_subject = {name: means(part) for name, part in parts.items()}
+    soft = means(by_subject.values())
+    out |= {key: soft[key] for key in out if key in SOFT}
+    subjects = {name: {"examples": len(parts[name])} | {k: m[k] for k in ("acc",) if k in m}
+                for name, m in by_subject.items()}  # fmt: skip
     return out | {"subjects": subjects}
 
 
@@ -378,7 +407,7 @@ def _answers(scorer: Scorer, tok, examples: Sequence[Example]) -> list[str]:
     """What the model writes after each context, up to the first stop."""
     kind = examples[0].kind
     room = max(1, scorer.context_length - 1)
-    new = min(NEW_TOKENS[kind], room)
+    new = min(NEW_TOKENS[kind], max(1, scorer.context_length // 2))  # half is the prompt's at least
     prompts = [tok.encode(one.pairs[0][0], add_special_tokens=False).ids for one in examples]
     prompts = [ids[-max(1, room - new) :] for ids in prompts]  # cut from the left, as scores are
     for ids in prompts:

@@ -83,7 +83,7 @@ def roles(
     return out
 
 
-def budgets(configs: list, keep: float) -> list[int]:
+def budgets(configs: list, keep: float, latents: int = 1) -> list[int]:
     """Parameters that each compressed parent may have, so that hub, gate and pool fit in as well.
 
     The same keep ratio for every parent. DelveError names the smallest possible --keep.
@@ -91,7 +91,7 @@ def budgets(configs: list, keep: float) -> list[int]:
     if not 0 < keep <= 1:
         raise DelveError(f"--keep {keep}: must lie in (0, 1], the kept share of all parameters")
     counts = [look.valid_count(cfg) for _, cfg in configs]
-    joints = fuse.joints_count(fuse.joint_config(configs))
+    joints = fuse.joints_count(fuse.joint_config(configs, latents or len(configs)))
     least = max(smallest(cfg) / n for (_, cfg), n in zip(configs, counts, strict=True))
     ratio = keep - joints / sum(counts)
     if ratio < least:
@@ -102,12 +102,12 @@ def budgets(configs: list, keep: float) -> list[int]:
     return [int(ratio * n) for n in counts]
 
 
-def together_budget(configs: list, keep: float) -> int:
+def together_budget(configs: list, keep: float, latents: int = 1) -> int:
     """Parameters that parents with common tables may have in all, beside hub, gate and pool."""
     if not 0 < keep <= 1:
         raise DelveError(f"--keep {keep}: must lie in (0, 1], the kept share of all parameters")
     total = sum(look.valid_count(cfg) for _, cfg in configs)
-    joints = fuse.joints_count(fuse.joint_config(configs))
+    joints = fuse.joints_count(fuse.joint_config(configs, latents or len(configs)))
     least = joint.smallest([cfg for _, cfg in configs]) + joints / total
     if keep < least:
         raise DelveError(
@@ -157,7 +157,6 @@ def _together(
     extra = {"fuse.json": report | out.report}
     extra |= lineage.step("fuse", [work / "parents" / n for n in named], facts)
     checkpoint.save(work / "fused", cfg, params, tokenizer, extra=extra)
-    shutil.rmtree(work / "together")
 
 
 def score(name: str, model: lm.LM, texts: Sequence[str], window: int) -> dict:
@@ -239,12 +238,15 @@ def upcycle(
     configs = [(n, cfg) for n, (cfg, _) in zip(names, known, strict=True)]
     check_blocks(configs)  # the road ends in an export: better to know before than after
     if method == "delve" and len(sources) > 1:
-        budget = together_budget(configs, keep)
+        budget = together_budget(configs, keep, latents)
         if not (work / "fused").exists():
             _together(dict(zip(names, sources, strict=True)), work, texts["calibrate"], budget,
                       calibrate_tokens, latents, seed)  # fmt: skip
+        # many times the model; here, so that a kill behind the fusion does not leave it
+        shutil.rmtree(work / "together", ignore_errors=True)
     else:
-        for (name, _), src, budget in zip(configs, sources, budgets(configs, keep), strict=True):
+        each = budgets(configs, keep, latents)
+        for (name, _), src, budget in zip(configs, sources, each, strict=True):
             _say(f"compress {name} to {budget:,} parameters")
             road.compress(
                 src, work / "parents" / name, budget=budget, method=method,

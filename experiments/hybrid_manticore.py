@@ -7,7 +7,8 @@ residual stream. Each superblock is sum_k alpha_sk out_k(layers_k(in_k(h))), emb
 mixed alike; in and out are projectors x + (x A) B with B = 0 at first, alpha a softmax that starts
 even. Rank of the projectors: the hub's, so that both have about the same parameters. Not the same
 function as the parents at step 0, which is the point. Same tokens, teacher pool, optimiser and rate
-as `base` of hybrid_parts.py. Result: experiments/results/hybrid_manticore.json and README.
+as `base` of hybrid_parts.py. Result: experiments/results/hybrid_manticore.json, told in
+docs/results.md.
 """
 
 import argparse

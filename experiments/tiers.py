@@ -126,7 +126,7 @@ def fusion(cfg, _settings, _mesh, _teachers) -> dict:
 
     parents = [(n, sub, models.abstract_params(sub)) for n, sub in cfg.streams]
     fuse.jax = SimpleNamespace(**{**vars(jax), "jit": jit})
-    windows = np.zeros((8, 513), np.int32)  # one chunk of `fuse.ROWS` tokens
+    windows = np.zeros((8, 513), np.int32)  # 4,096 tokens
     fused, params, _ = fuse.fuse(parents, windows)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, jnp.dtype(x.dtype)), tree)  # noqa: E731
     # the tier's own number of superblocks differs where its depths have no common divisor of 8

@@ -343,6 +343,16 @@ def test_killed_before_any_file_goes_on_to_the_same_bits(tmp_path, monkeypatch, 
     assert not list(tmp_path.rglob("streams*"))
 
 
+def test_what_an_earlier_call_fitted_comes_back_in_bfloat16(tmp_path, randomised):
+    """numpy has no name for the dtype: a file would give back bytes."""
+    cfg = FAMILIES["neox"]
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), randomised(cfg, 0))
+    spectra, plan = pass_one(cfg, params, tmp_path)
+    want, got = second(spectra, plan).params, second(spectra, plan).params
+    assert {a.dtype for a in jax.tree.leaves(got)} == {jnp.dtype("bfloat16")}
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 def test_activations_that_are_not_finite_name_their_map(tmp_path, monkeypatch, randomised):
     cfg = FAMILIES["mamba"]
     spectra, plan = pass_one(cfg, randomised(cfg, 0), tmp_path)

@@ -1,6 +1,7 @@
 """Bad parents: whatever is wrong with a source, one line that names the file and the tensor."""
 
 import errno
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -9,9 +10,9 @@ import pytest
 from commands import bad
 from stock_models import broken, built_once, rewrite, tokenizer_json, torch
 
-from delve_jax import checkpoint, parents, road, upcycle
+from delve_jax import checkpoint, data, parents, presets, road, upcycle
 from delve_jax import compress as compression
-from delve_jax.config import DelveError
+from delve_jax.config import DelveConfig, DelveError, from_json, to_json
 from delve_jax.parents import stock
 from delve_jax.parents.io import weight_files
 
@@ -156,6 +157,9 @@ def test_export_refuses_a_taken_name_and_leaves_nothing_behind(sources, tmp_path
     (taken / "mine").write_text("x")
     with pytest.raises(DelveError, match="--overwrite"):
         parents.export_stock(cfg, params, taken)
+    with pytest.raises(DelveError, match="leaves it alone"):
+        parents.export_stock(cfg, params, taken, overwrite=True)
+    (taken / "config.json").write_text("{}")
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -188,6 +192,52 @@ def test_destinations_that_cannot_be_made(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compression, "compress", full)
     line = bad(capsys, "compress", source, "small", "--keep", 0.5, "--method", "svd")
     assert line == "error: spectra.npz: No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("streams", 5, "a list of parents"),
+        ("streams", [], "a list of parents"),
+        ("streams", [{"family": "rwkv"}], "each with a 'name'"),
+        ("streams", [["rwkv"]], "each with a 'name'"),
+        ("teachers", "a", "a list of strings"),
+        ("latents", "1", "a whole number"),
+        ("ranks", [4, 4], "an object: for each map a list of whole numbers"),
+        ("ranks", {"head": 4}, "a list of whole numbers"),
+        ("ranks", {"head": ["4"]}, "a list of whole numbers"),
+        ("ranks", {"head": []}, "gives 'head' []; it must be one rank"),
+        ("ranks", {"att/key": [4, 4, 4, -1]}, "gives 'att/key' [4, 4, 4, -1]"),
+        ("nested", {"head": None}, "a list of whole numbers"),
+        ("neurons", ["9"], "a list of whole numbers"),
+        ("n_layers", None, "a whole number"),
+        ("d_model", True, "a whole number"),
+        ("family", ["rwkv"], "one of mamba"),
+    ],
+)
+def test_bad_fields_of_a_checkpoint_are_named(tmp_path, capsys, field, value, says):
+    cfg = presets.preset("proxy-rwkv")
+    joined = to_json(DelveConfig((("r", cfg),), n_superblocks=1))
+    config = joined if field in joined else to_json(cfg)
+    from_json(config)
+    (tmp_path / "params").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps({**config, field: value}))
+    line = bad(capsys, "info", tmp_path)
+    assert line.startswith(f"error: {tmp_path / 'config.json'}: field '{field}' ") and says in line
+    if config is not joined:  # a parent's field in a DELVE
+        joined["streams"][0][field] = value
+        with pytest.raises(DelveError, match=f"^x.json: field '{field}'"):
+            from_json(joined, "x.json")
+
+
+def test_a_source_without_a_tokenizer_is_told_where_to_put_one():
+    one, other = (data.train_bpe([text * 9], 300) for text in ("one text ", "quite another "))
+    road.same_tokenizer([("a.pth", None), ("b.pth", None)])
+    for pair in ([("a.pth", None), ("b", one)], [("b", one), ("a.pth", None)]):
+        with pytest.raises(DelveError, match="^a.pth: has no tokenizer.json and b has .* beside"):
+            road.same_tokenizer(pair)
+    with pytest.raises(DelveError, match="^b: its tokenizer differs from that of a; .* share one"):
+        road.same_tokenizer([("a", one), ("b", other)])
 
 
 def test_names_of_local_sources(tmp_path, monkeypatch):

@@ -142,6 +142,80 @@ def test_a_field_can_be_named(tmp_path):
     assert data.open_tokens(tmp_path / "t").tokens == len("".join(TEXTS).encode())
 
 
+@pytest.fixture
+def raw(tmp_path, monkeypatch):
+    """A folder of two parts, of which two mixtures are made."""
+    monkeypatch.setitem(catalog.MIXTURES, "one", {"pile": 1.0})
+    monkeypatch.setitem(catalog.MIXTURES, "two", {"pile": 3.0, "slimpajama": 1.0})
+    for part in ("pile", "slimpajama"):
+        (tmp_path / "raw" / part).mkdir(parents=True)
+        write_rows(tmp_path / "raw" / part / "0.jsonl", [{"text": t} for t in TEXTS])
+    return tmp_path / "raw"
+
+
+def stands(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_another_mixture_does_not_join_the_one_that_stands_there(raw, tmp_path, monkeypatch):
+    make = lambda name, **more: data.prepare(  # noqa: E731
+        [f"{name}={raw}"], tmp_path / "mix", tokenizer=None, **more
+    )
+    make("one")
+    with pytest.raises(DelveError, match=f"{tmp_path / 'mix'}: exists and was not.*--overwrite"):
+        make("two")
+    assert stands(tmp_path / "mix") == ["mixture.json", "pile"] and make("one")["already"]
+    assert make("two", overwrite=True)["mixture"] == "two"
+    assert stands(tmp_path / "mix") == ["mixture.json", "pile", "slimpajama"]
+    assert make("one", overwrite=True)["weights"] == {"pile": 1.0}
+    assert stands(tmp_path / "mix") == ["mixture.json", "pile"]
+    monkeypatch.setitem(catalog.MIXTURES, "one", {"pile": 2.0})  # a later version's weights
+    with pytest.raises(DelveError, match="--overwrite"):
+        make("one")
+    data.prepare([f"pile={raw / 'pile'}"], tmp_path / "tokens", tokenizer=None)
+    with pytest.raises(DelveError, match="tokens: .* no mixture.json, so --overwrite leaves it"):
+        data.prepare([f"one={raw}"], tmp_path / "tokens", tokenizer=None, overwrite=True)
+
+
+def test_unfinished_work_of_another_mixture_is_kept(raw, tmp_path):
+    make = lambda name, **more: data.prepare(  # noqa: E731
+        [f"{name}={raw}"], tmp_path / "mix", tokenizer=None, **more
+    )
+    bad = raw / "slimpajama" / "0.jsonl"
+    good = bad.read_text()
+    bad.write_text('{"body": "no"}\n')
+    with pytest.raises(DelveError, match="no field 'text'"):
+        make("two")
+    half = tmp_path / "mix.partial"
+    assert {"pile", "prepare.json"} <= set(stands(half)) and not (tmp_path / "mix").exists()
+    with pytest.raises(DelveError, match=f"{half}: holds unfinished work of other arguments"):
+        make("one")
+    with pytest.raises(DelveError, match=f"{half}: holds unfinished"):
+        data.prepare([f"pile={raw / 'pile'}"], tmp_path / "mix", tokenizer=None)
+    before = (half / "pile").stat().st_ino
+    bad.write_text(good)
+    assert not make("two")["already"] and (tmp_path / "mix" / "pile").stat().st_ino == before
+    assert stands(tmp_path / "mix") == ["mixture.json", "pile", "slimpajama"]
+    (tmp_path / "mix").rename(half)  # as a kill before the last rename leaves it
+    make("one", overwrite=True)
+    assert stands(tmp_path / "mix") == ["mixture.json", "pile"] and not half.exists()
+
+
+@pytest.mark.parametrize(
+    "record", [{}, {"weights": {}}, {"weights": [1]}, {"weights": {"pile": "1"}},
+               {"weights": {"pile": 0}}],
+)  # fmt: skip
+def test_a_damaged_mixture_is_named(raw, tmp_path, record):
+    args = ([f"one={raw}"], tmp_path / "mix")
+    data.prepare(*args, tokenizer=None)
+    (tmp_path / "mix" / "mixture.json").write_text(json.dumps(record))
+    read = lambda: data.training_set([tmp_path / "mix"], None, 256, 5, 1, 0)  # noqa: E731
+    with pytest.raises(DelveError, match="mixture.json: field 'weights' must.*--overwrite"):
+        read()
+    data.prepare(*args, tokenizer=None, overwrite=True)  # the way out
+    read()
+
+
 def test_the_mixtures_and_the_listing():
     assert set(catalog.MIXTURES) == {"delve", "delphi"}
     for parts in catalog.MIXTURES.values():

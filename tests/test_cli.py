@@ -110,6 +110,25 @@ def test_upcycle_again_is_done_and_other_arguments_are_refused(upcycled, place, 
     assert str(upcycled) in line and "--overwrite" in line
 
 
+def test_a_kill_behind_the_fusion_leaves_no_factors(place, tmp_path, monkeypatch):
+    """They are many times the model; what is fused already does not need them."""
+
+    def killed(named, work, *rest):
+        (work / "together" / "mam").mkdir(parents=True)
+        (work / "fused").mkdir()
+        raise KeyboardInterrupt
+
+    def stopped(*args, **how):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(upcycle, "_together", killed)
+    monkeypatch.setattr(training, "heal", stopped)
+    argv = [str(a) for a in road_flags(place, tmp_path / "out")]
+    assert cli.main(argv) == 130 and (tmp_path / "out.partial" / "together").exists()
+    assert cli.main(argv) == 130  # in healing
+    assert [p.name for p in (tmp_path / "out.partial").iterdir() if p.is_dir()] == ["fused"]
+
+
 def test_convert_info_eval_generate_export(upcycled, place, capsys, tmp_path):
     code, out, _ = delve(capsys, "convert", place / "neo", tmp_path / "neo")
     assert code == 0 and out["family"] == "neox"

@@ -16,7 +16,7 @@ from flax import linen as nn
 from tokenizers import Tokenizer
 
 import delve_jax
-from delve_jax import checkpoint, cli, models, parents, road
+from delve_jax import arrays, checkpoint, cli, models, parents, road
 from delve_jax.compress import (
     assembly,
     behind,
@@ -30,7 +30,7 @@ from delve_jax.compress import (
 )
 from delve_jax.compress.factorize import anchored, factor, svd
 from delve_jax.compress.moments import HEAD_TOKENS, Sweep
-from delve_jax.compress.spectra import InMemory, at
+from delve_jax.compress.spectra import InMemory, Spectra, at, recipe
 from delve_jax.config import DelveConfig, DelveError, MambaConfig, NeoxConfig, RwkvConfig
 from delve_jax.models import elastic
 from delve_jax.models.linear import Linear, materialise
@@ -455,6 +455,22 @@ def test_curve_goes_through_both_points_and_knows_nothing():
     assert b == 2.0 and 1e-6 < a * 0.01**b and a * 0.1**b < 0.3
 
 
+def test_a_divergence_that_is_not_a_number_is_named_and_never_free():
+    """As zero nats it would have the allocator delete the map."""
+    nan = float("nan")
+    for bad in (((0.01, nan), (0.1, 0.3)), ((0.01, 0.02), (0.1, nan)), ((nan, 0.02), (0.1, 0.3)),
+                ((0.01, 0.02), (0.1, float("inf")))):  # fmt: skip
+        with pytest.raises(DelveError, match="^map att/out: .*not a finite number; check"):
+            curves.through(*bad, of="map att/out")
+    assert np.isnan(curves._nats(np.array([0.0, 0.1]), 2, (nan, 1.0))).all()  # for `knapsack`
+
+
+def test_sizes_that_all_diverge_to_nan_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(curves, "measured", lambda spectra, plans: [{"kl": float("nan")}] * 9)
+    with pytest.raises(DelveError, match="--keep 0.5: .*not a finite number"):
+        compress(NEOX, trained_like(NEOX), windows(NEOX), keep=0.5, progress=False, work=tmp_path)
+
+
 def test_allocation_meets_the_budget_and_its_bound_and_is_repeatable(tmp_path):
     """C6: never over, gap small; a folder of factors serves several ratios with the same bits."""
     cfg = NEOX
@@ -473,6 +489,22 @@ def test_allocation_meets_the_budget_and_its_bound_and_is_repeatable(tmp_path):
     with pytest.raises(DelveError, match="another parent, text, method"):
         compress(cfg, params, tokens, keep=0.5, method="asvd", progress=False,
                  work=tmp_path / "work")  # fmt: skip
+
+
+def test_a_folder_of_factors_belongs_to_a_config_and_to_windows(tmp_path):
+    """The same weights run otherwise with other heads, the same ids otherwise in other windows."""
+    tokens = windows(NEOX)
+    heads = dataclasses.replace(NEOX, n_heads=2 * NEOX.n_heads)
+    made = InMemory(NEOX, params := trained_like(NEOX))
+
+    def of(source, tokens_NT):
+        Spectra(source, [], [], tokens_NT, tmp_path, recipe("svd"), {}, progress=False)
+
+    of(made, tokens)
+    for source, tokens_NT in ((InMemory(heads, params), tokens), (made, tokens.reshape(-1, 2))):
+        with pytest.raises(DelveError, match="another parent, text, method.*remove it or name"):
+            of(source, tokens_NT)
+    of(InMemory(dataclasses.replace(NEOX, dtype="float16", hf_config="{}"), params), tokens)
 
 
 def through_kills(run, left, more):
@@ -588,7 +620,7 @@ def test_verb_killed_anywhere_goes_on_to_the_same_bits(tmp_path, monkeypatch, ca
         return write
 
     for place, name in ((spectra, "write_arrays"), (Sweep, "_keep"), (assembly, "_filled"),
-                        (checkpoint, "_save_tree"), (checkpoint, "_write_texts")):  # fmt: skip
+                        (arrays, "save"), (checkpoint, "_write_texts")):  # fmt: skip
         monkeypatch.setattr(place, name, dying(getattr(place, name)))
     while True:
         left[0] = 3 + 3 * stops  # assembly starts anew: each call must get further than the last

@@ -186,6 +186,33 @@ def test_lm_eval_writes_and_rolls_with_the_jax_model(exported, harness):
     assert write(until=[stop]) == whole.partition(stop)[0] != whole
 
 
+def test_lm_eval_says_how_answers_are_drawn(exported, harness, monkeypatch, capsys):
+    """In the words that its other models take; of a request that is repeated, other samples."""
+    from lm_eval.api.instance import Instance
+
+    model, asked = harness.DelveLM(str(exported["checkpoint"])), []
+    most = model.model.config.context_length // 2
+
+    def generate(tokens_BT, n, **how):
+        asked.append({"read": tokens_BT.shape[1], "n": n, **how})
+        return np.pad(tokens_BT, ((0, 0), (0, 1)), mode="edge")
+
+    monkeypatch.setattr(model.model, "generate", generate)
+    hows = [{"max_tokens": 5}, {"max_new_tokens": 6, "temperature": 0.7, "top_k": 3, "top_p": 0.9},
+            {"max_completion_tokens": 7, "do_sample": True, "top_k": -1},
+            {"max_gen_toks": 8, "do_sample": False, "temperature": 0.7}, {"max_gen_toks": 9999},
+            {"max_gen_toks": 9999}]  # fmt: skip
+    text = "the export of the model " * most
+    model.generate_until([Instance("generate_until", {}, (text, how), 0) for how in hows])
+    assert [one["n"] for one in asked] == [5, 6, 7, 8, most, most]
+    assert [one["temperature"] for one in asked] == [0, 0.7, 1, 0, 0, 0]
+    assert [one["top_k"] for one in asked] == [0, 3, 0, 0, 0, 0]
+    assert [one["top_p"] for one in asked] == [1, 0.9, 1, 1, 1, 1]
+    assert [one["seed"] for one in asked] == list(range(6))
+    assert all(one["read"] + one["n"] == model.model.config.context_length for one in asked)
+    assert capsys.readouterr().err.count(f"answers end at {most} tokens") == 1
+
+
 def test_the_command_line_of_lm_eval_with_the_jax_model(
     exported, harness, tmp_path, monkeypatch, capsys
 ):

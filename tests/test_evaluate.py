@@ -1,9 +1,13 @@
 """Windows, arithmetic and metrics of evaluation against brute force on toy models."""
 
 import dataclasses
+import fnmatch
+import hashlib
 import json
 import math
 import random
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +108,8 @@ def test_bad_strides_and_ids():
     tok = data.load_tokenizer(data.train_bpe(["some text " * 9], 300), 300)
     with pytest.raises(DelveError, match="not its tokenizer"):
         evaluate.evaluate(dataclasses.replace(byte_lm(), tokenizer=tok), ["some text, éé"])
+    with pytest.raises(DelveError, match="text is empty"):  # but for the <|endoftext|> between
+        evaluate.evaluate(dataclasses.replace(byte_lm(), tokenizer=tok), ["", ""])
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -302,6 +308,21 @@ def test_continuations_longer_than_the_context_are_scored_whole(tmp_path):
         '{"query": "a", "choices": ["b", "c"], "gold": "0"}',
         '{"sentence_good": "only"}',
         '{"context": "a", "continuation": ""}',
+        '{"context": "a", "continuation": "\\ud800"}',
+        '{"context": "\\udfff a", "continuation": "b"}',
+        '{"query": "a", "choices": {"b": 1, "c": 2}, "gold": 0}',
+        '{"query": "a", "choices": "bc", "gold": 0}',
+        '{"query": "a", "choices": ["b", "c"], "gold": 0.5}',
+        '{"query": "a", "choices": ["b", "c"], "gold": 0, "subject": 7}',
+        '{"context_options": {"a": 0, "b": 1}, "continuation": "c", "gold": 0}',
+        '{"question": "a", "choices": ["b", "c"], "answer": 0, "subject": 7}',
+        '{"question": "a", "choices": ["b", "c"], "answer": 0, "subject": "\\ud800"}',
+        '{"question": 7, "choices": ["b", "c"], "answer": 0}',
+        '{"question": "a", "choices": {"b": 1, "c": 2}, "answer": 0}',
+        '{"question": "a", "answer": 7}',
+        '{"question": 7, "answer": "#### 7"}',
+        '{"context": "a", "chain_of_thought": 7, "answer": "7"}',
+        '{"prompt": "a", "canonical_solution": "b", "test": 7, "entry_point": "f"}',
     ],
 )
 def test_bad_task_lines_are_named(tmp_path, line):
@@ -366,6 +387,46 @@ def test_hf_and_jax_backends_agree(hf_dir):
         assert ours[key] == theirs[key], key
     # five rows of both tables are padding, here and in every verb
     assert ours["parameters"] == look.info(hf_dir)["parameters"] == models.count(cfg) - 2 * 5 * 16
+
+
+def test_info_of_a_parent_reads_no_weights(hf_dir, monkeypatch):
+    parents = pytest.importorskip("delve_jax.parents")
+    cfg, _, json_str = parents.load(hf_dir)
+    monkeypatch.setattr(parents, "load", None)
+    facts = look.info(hf_dir)
+    assert facts["parameters"] == evaluate.valid_count(cfg) and facts["dtype"] == "float32"
+    assert facts["tokenizer"] == hashlib.sha256(json_str.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("code", [True, False])
+def test_code_comes_from_the_hub_where_a_config_names_it(tmp_path, monkeypatch, code):
+    """Our own export's is then known as ours; a stray script of another model stays there."""
+    import huggingface_hub
+
+    from delve_jax import parents
+
+    hub, got = tmp_path / "hub", tmp_path / "snapshots" / "0123abc"
+    remote = Path(parents.__file__).parent / "remote"
+    shutil.copytree(remote, hub, ignore=shutil.ignore_patterns("__pycache__"))
+    auto_map = {"AutoModelForCausalLM": "modeling_delve.DelveForCausalLM"}
+    (hub / "config.json").write_text(json.dumps({"auto_map": auto_map} if code else {}))
+    (hub / "model.safetensors").touch()
+    names = sorted(file.name for file in hub.iterdir())
+
+    def snapshot(repo, revision, allow_patterns):
+        got.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                shutil.copy(hub / name, got)
+        return str(got)
+
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "list_repo_files", lambda self, repo, revision=None: names
+    )
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    path = parents.resolve("org/delve")
+    assert {file.name for file in path.glob("*.py")} == {n for n in names if code and ".py" in n}
+    assert not code or evaluate._is_ours(path, auto_map)
 
 
 def test_hf_refuses_damaged_and_foreign_directories(hf_dir, tmp_path):

@@ -1,7 +1,9 @@
 """JAX -> Hugging Face -> JAX: logits, greedy text, caches, padding, round trip, refusals."""
 
+import copy
 import dataclasses
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from compiled import forward
 
 from delve_jax import checkpoint, models, parallel, parents, road
 from delve_jax.config import DelveConfig, DelveError, NeoxConfig, RwkvConfig
-from delve_jax.parents import export
+from delve_jax.parents import card, export
 
 torch = pytest.importorskip("torch")
 from exported import (  # noqa: E402
@@ -160,6 +162,106 @@ def test_loss_logits_to_keep_and_refused_padding(case):
         call(model, tokens[:, :1], mask[:, :1], past_key_values=cache)
 
 
+def test_right_padding_without_a_word_on_the_cache_goes_without_one(case):
+    tokens, mask = batch()
+    mask = mask[:, ::-1].copy()
+    out = call(case["torch"], tokens, mask)
+    assert out.past_key_values is None
+    for row in range(4):
+        alone = call(case["torch"], tokens[row : row + 1, mask[row]]).logits[0]
+        torch.testing.assert_close(out.logits[row, mask[row]], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_16_bit_model_says_so_and_is_saved_as_one(factored, tmp_path):
+    half = factored["torch"].from_pretrained(factored["hf"], dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and half.pool.dtype == torch.float32
+    half.save_pretrained(tmp_path / "half")
+    back = torch_model(tmp_path / "half")
+    assert {n: p.dtype for n, p in back.named_parameters()} == {
+        n: p.dtype for n, p in half.named_parameters()
+    }
+
+
+class Packed(torch.nn.Module):
+    """A linear map that stores integers, as those of 4 and 8 bits do."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.map = linear.forward  # bound: its weight is none of ours
+        self.weight = torch.nn.Parameter(torch.zeros(3, 1, dtype=torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        assert x.is_floating_point()
+        return self.map(x)
+
+
+@pytest.mark.parametrize("cfg", [three(), common(1)], ids=["tied-factored", "codes"])
+def test_integer_weights_of_linear_maps_are_not_read(factored, cfg):
+    """The maps that quantisers replace (exactly `nn.Linear`) are called, whatever they hold."""
+    kind = type(factored["torch"])
+    raw = export._hf_config(cfg, "factored", "float32", {})
+    model, (tokens, mask) = kind(kind.config_class(**raw)).eval(), batch()
+    plain = call(model, tokens, mask).logits
+    linear = [m for m in model.modules() if type(m) is torch.nn.Linear]
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in linear:
+                setattr(parent, name, Packed(child))
+    assert len(linear) > 60 and torch.equal(call(model, tokens, mask).logits, plain)
+
+
+@pytest.mark.parametrize("away", ["streams.0", "hub", "auto"])
+def test_parts_that_are_kept_on_the_disk_give_the_same_logits(factored, tmp_path, away):
+    pytest.importorskip("accelerate")
+    model, (tokens, mask) = factored["torch"], batch()
+    names = ["hub", "gate", "pool", *(f"streams.{k}" for k in range(3))]
+    where = {name: "disk" if name == away else "cpu" for name in names}
+    how = {"device_map": where}
+    if away == "auto":  # memory for a part of the first stream
+        how = {"device_map": "auto", "max_memory": {"cpu": 90_000}}
+    spread = model.from_pretrained(factored["hf"], offload_folder=tmp_path, **how).eval()
+    assert "disk" in spread.hf_device_map.values()
+    assert torch.equal(call(spread, tokens, mask).logits, call(model, tokens, mask).logits)
+
+
+def test_a_step_follows_its_layer_to_another_device(factored):
+    """As accelerate asks where layers have devices: padding, mask and NeoX's angles."""
+    tokens, mask = map(torch.from_numpy, batch())
+    steps = factored["torch"]._steps(tokens, mask, None, None)
+    for step, n in zip((step.to("meta") for step in steps), (2, 2, 4), strict=True):
+        fields = [step.pad_BT1, step.mask_B1TS, *(step.rotary or ())]
+        assert [x.device.type for x in fields] == ["meta"] * n
+
+
+def test_a_reentrant_checkpoint_gives_every_stream_its_gradients(factored):
+    """As adapters ask for them: all else frozen, one embedding told to want a gradient."""
+    model = copy.deepcopy(factored["torch"]).train()
+    factors = [(n, p.requires_grad_(n.endswith("u.weight"))) for n, p in model.named_parameters()]
+    model.enable_input_require_grads()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    tokens = torch.from_numpy(batch()[0])
+    model(tokens, labels=tokens).loss.backward()
+    assert not [n for n, p in factors if p.requires_grad and (p.grad is None or not p.grad.any())]
+
+
+def test_tables_are_not_resized(case):
+    with pytest.raises(NotImplementedError, match="its own tables"):
+        case["torch"].resize_token_embeddings(V + 8)
+
+
+def test_an_export_names_the_transformers_that_it_needs(factored, monkeypatch):
+    import transformers
+
+    pinned = (Path(__file__).parents[1] / "requirements.txt").read_text().split()
+    assert card.TRANSFORMERS in pinned
+    assert f"`{card.TRANSFORMERS}`" in (factored["hf"] / "README.md").read_text()
+    config = json.loads((factored["hf"] / "config.json").read_text())
+    assert config["transformers_version"] == transformers.__version__
+    monkeypatch.delattr(transformers.Cache, "get_recurrent_state")
+    with pytest.raises(ImportError, match="needs transformers 5.23 or 5.24; this is"):
+        runpy.run_path(str(factored["hf"] / "modeling_delve.py"))
+
+
 def test_exported_directory_alone_in_a_process_without_jax(factored, tmp_path):
     tokens, mask = batch(12)
     text = "the model"
@@ -302,6 +404,30 @@ def test_repeated_other_and_overwriting_exports(factored, tmp_path, monkeypatch)
     assert all(not sub.ranks for _, sub in cfg.streams)
     with pytest.raises(DelveError, match="--layout"):
         export.export_hf(src, dst, "thin")
+
+
+def test_a_run_under_way_leaves_with_its_newest_state_or_the_one_named(tmp_path):
+    cfg, run, dst = rwkv(), tmp_path / "h.partial", tmp_path / "hf"
+    params = {1: random_params(cfg)}
+    params[2] = jax.tree.map(lambda x: 2 * x, params[1])
+    run.mkdir()
+    checkpoint.describe_run(run, cfg, tiny_tokenizer())
+    states = checkpoint.Steps(run / "state")
+
+    def leaves(src, step, **kw):
+        facts = export.export_hf(src, dst, verify=False, **kw)
+        jax.tree.map(np.testing.assert_array_equal, parents.load(dst)[1], params[step])
+        return facts
+
+    for step in (1, 2):
+        states.save(step, {"params": params[step]})
+        states.wait()
+        if step == 2:  # the same command, but no longer the same weights
+            with pytest.raises(DelveError, match="--overwrite"):
+                export.export_hf(run, dst, verify=False)
+        assert "already" not in leaves(run, step, overwrite=step == 2)
+        assert leaves(run, step)["already"]
+    leaves(states.path(1), 1, overwrite=True)
 
 
 def damage(folder, name, change):

@@ -10,9 +10,17 @@ from scipy.optimize import minimize
 
 from delve_jax import DelveError, models
 from delve_jax.compress import codes
-from delve_jax.config import MambaConfig, NeoxConfig, RwkvConfig
-from delve_jax.fuse import _em, fit_weights, fuse, joint_config, joints_count, warm_hub
-from delve_jax.models import delve
+from delve_jax.config import MambaConfig, NeoxConfig, RwkvConfig, from_json, to_json
+from delve_jax.fuse import (
+    _Cached,
+    _em,
+    fit_weights,
+    fuse,
+    joint_config,
+    joints_count,
+    warm_hub,
+)
+from delve_jax.models import delve, elastic
 
 V = 61
 SHARED = dict(vocab_size=V, vocab_rows=V, context_length=32)
@@ -122,6 +130,20 @@ def test_a_warm_hub_explains_what_was_lost_and_changes_nothing_yet(parts, tokens
         assert set(report["r2"]) == {None}
     with pytest.raises(DelveError, match="connectors hub and self"):
         warm_hub(dataclasses.replace(cfg, connectors="cross"), params, dense, tokens)
+
+
+def test_logits_of_large_vocabularies_come_in_smaller_chunks(parts, tokens, monkeypatch):
+    """Three parents of 50,277 ids have 7.7 GiB of temporaries at 4096 tokens; fits are the same."""
+    ways = [c for _, c, _ in parts], [p for _, _, p in parts], tokens
+    assert _Cached(*ways).rows == 4096  # a small vocabulary's, as ever
+    (want, facts), (pool, _) = fit_weights(*ways), fit_weights(*ways, 2)
+    monkeypatch.setattr("delve_jax.fuse.LOGITS_BYTES", 4 * 3 * V * 100 + 5)
+    known = _Cached(*ways)
+    assert [len(y) for _, y in known.chunks] == [100, 100, 76] and known.rows == 100
+    got, again = fit_weights(*ways)
+    np.testing.assert_allclose(got["a"], want["a"], atol=1e-3)
+    assert again["nll"] == pytest.approx(facts["nll"], abs=1e-6)
+    np.testing.assert_allclose(fit_weights(*ways, 2)[0]["a"], pool["a"], atol=2e-2)  # weighted
 
 
 def test_em_finds_the_generating_weights():
@@ -244,6 +266,34 @@ def test_common_codes_need_text_and_a_rank_that_is_one(parts, tokens):
     for rank in (0, 57):
         with pytest.raises(DelveError, match="must lie in 1 .. 56"):
             fuse(parts, tokens, codes=rank)
+
+
+def test_common_codes_have_at_most_the_rank_of_a_small_vocabulary(randomised):
+    small = [dataclasses.replace(PARENTS[n], vocab_size=20, vocab_rows=20) for n in "rx"]
+    parents = [(c.family, c, randomised(c, 0)) for c in small]
+    tokens = np.random.default_rng(0).integers(0, 20, (4, 16)).astype(np.int32)
+    with pytest.raises(DelveError, match=r"--codes 40: must lie in 1 \.\. 20, "):
+        codes.common(parents, tokens, 40)
+    made = codes.common(parents, tokens, 20)
+    for (_, cfg, own), (_, _, dense) in zip(made, parents, strict=True):
+        assert cfg.rank("embed") == cfg.rank("head") == (20,)
+        table = own["embed"]["v"] @ own["embed"]["u"]
+        np.testing.assert_allclose(table, dense["embed"]["kernel"], atol=2e-4)
+
+
+def test_common_codes_forget_the_sizes_of_the_tables_before(randomised, tokens):
+    """What a factored table kept at half its parent's size says nothing about the codes."""
+    parents = []
+    for seed, (name, half) in enumerate((("r", 3), ("x", 6))):
+        ranks = (("embed", (8,)), ("att/out" if name == "x" else "att/output", (4, 4)))
+        nested = tuple((n, (half,) * len(r)) if n == "embed" else (n, (2, 1)) for n, r in ranks)
+        cfg = dataclasses.replace(PARENTS[name], ranks=ranks, nested=nested)
+        parents.append((name, cfg, randomised(cfg, seed)))
+    cfg, _, _ = fuse(parents, tokens, codes=5)
+    assert from_json(to_json(cfg)) == cfg
+    assert [sub.nested for _, sub in cfg.streams] == [c.nested[1:] for _, c, _ in parents]
+    (_, one), (_, other) = elastic.config_at(cfg, 0.5).streams
+    assert one.rank("embed") == other.rank("embed") == one.rank("head") == other.rank("head")
 
 
 def test_the_metric_of_the_tables_is_the_gradient_of_the_loss(parts, tokens):

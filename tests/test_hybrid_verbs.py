@@ -205,6 +205,7 @@ def test_wrong_objectives_are_refused(place, capsys, tmp_path):
         (("--kl-weight", "2"), "--kl-weight 2"), (("--stream-kl", "a:b"), "--stream-kl a:b"),
         (("--stream-drop", "1.5"), "--stream-drop 1.5"), (("--rank-drop", "0"), "--rank-drop 0"),
         (("--ffn-share", "0.5"), "fuse --ffn-skip"),
+        (("--objective", "ce", "--stream-kl", "1"), "--stream-kl: not beside --objective ce"),
         (("--joints-lr", "-1"), "--joints-lr -1"), (("--stages", tmp_path / "no"), "--stages"),
         (("--teachers", place / "dense" / "neo", "--stream-kl", "1"), "parent of every stream"),
         (("--teacher-cache", tmp_path / "c", "--stream-kl", "1"), "--teacher-cache"),
@@ -215,6 +216,10 @@ def test_wrong_objectives_are_refused(place, capsys, tmp_path):
     ):  # fmt: skip
         line = bad(capsys, *argv, *flags, "--overwrite")
         assert said in line, line
+    late = tmp_path / "late.json"  # the last stage is read before the first one is trained
+    late.write_text(json.dumps([{"share": 0.5}, {"share": 0.5, "ffn_share": 0.5}]))
+    assert "fuse --ffn-skip" in bad(capsys, *argv, "--stages", late, "--overwrite")
+    assert not (tmp_path / "x.partial" / "stages").exists()
     line = bad(capsys, "heal", place / "neo", tmp_path / "y", "--data", place / "fit.txt", *HEAL,
                "--train", "joints")  # fmt: skip
     assert "--train joints" in line

@@ -1,5 +1,8 @@
 """Parents compressed together: one budget, common tables, nothing lost when it is stopped."""
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -94,6 +97,16 @@ def test_a_smaller_budget_slices_the_same_factors(half, parts, monkeypatch):
     assert less.report["expected_kl_sum"] > out.report["expected_kl_sum"]
 
 
+@pytest.mark.parametrize("before", ["other parents", "no key"])
+def test_the_curve_of_the_codes_belongs_to_its_parents(half, parts, tmp_path, before):
+    shutil.copytree(half[1], tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "codes.json"
+    if before == "no key":  # an earlier version's: the curve alone
+        file.write_text(json.dumps(json.loads(file.read_text())["curve"]))
+    with pytest.raises(DelveError, match=f"^{file}: .*remove it or name another"):
+        joint.compress(parts if before == "no key" else parts[:2], TOTAL // 2, tmp_path, bars=False)
+
+
 def test_stopped_anywhere_it_ends_with_the_same_bits(half, parts, tmp_path, monkeypatch):
     real, left = spectra.write_arrays, [0]
 
@@ -162,6 +175,10 @@ def test_budgets_that_cannot_be_met_say_what_can(parts, tmp_path):
     with pytest.raises(DelveError, match=r"must lie in \(0, 1\]"):
         upcycle.together_budget(configs, 1.5)
     assert upcycle.together_budget(configs, 0.9) < 0.9 * TOTAL
+    for latents in (0, 1, 2, 3):  # what fusion adds is what is left for it
+        added = fuse.joints_count(fuse.joint_config(configs, latents or 3))
+        assert upcycle.together_budget(configs, 0.9, latents) == int(0.9 * TOTAL) - added
+        assert sum(upcycle.budgets(configs, 0.9, latents)) <= 0.9 * TOTAL - added
     other = joint.Part("o", InMemory(RwkvConfig(7, 7, 8, 1, d_att=8, d_ffn=8), {}), None)
     with pytest.raises(DelveError, match="different vocabularies"):
         joint.compress([parts[0], other], 10, tmp_path, bars=False)

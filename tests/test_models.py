@@ -300,6 +300,21 @@ def test_left_padding_leaves_no_trace(name, randomised):
         assert difference(got, want[row, : T - pad]) <= 1e-5
 
 
+def test_half_precision_reads_what_is_kept_wide(randomised):
+    """A step of the bias of dt that bfloat16 has not: it moves the decay."""
+    params = randomised(MAMBA, 3)
+    bias = params["layers"]["dt_proj"]["bias"]
+    run = jax.jit(functools.partial(models.features, MAMBA, how=models.Compute(dtype="bfloat16")))
+
+    def features(by):
+        layers = params["layers"] | {"dt_proj": params["layers"]["dt_proj"] | {"bias": by}}
+        return np.asarray(run(params | {"layers": layers}, np.arange(12)[None])[0], np.float32)
+
+    off = jnp.full_like(bias, -4.0)
+    assert (off + 2**-7).astype(jnp.bfloat16).tolist() == off.tolist()
+    assert (features(off) != features(off + 2**-7)).any()
+
+
 @functools.cache
 def jitted_gradient(cfg, remat):
     """Gradient of a sum over positions weighted by w_T, of every parameter."""

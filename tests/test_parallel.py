@@ -287,6 +287,7 @@ def test_hosts_of_a_tpu_slice_are_fed(kind, shape, spec, shards, monkeypatch):
 
 def test_half_a_cluster_in_the_environment_is_named(monkeypatch):
     """One of N hosts that trains alone would write what the others write."""
+
     def alone(**_):  # as JAX says it
         raise ValueError("Number of processes must be defined.")
 

@@ -1,5 +1,6 @@
 """Parents in and out: every family and file layout bit-exact both ways."""
 
+import dataclasses
 import json
 import shutil
 import struct
@@ -14,7 +15,7 @@ import pytest
 from compiled import forward
 from stock_models import broken, built_once, equal, tensors, tokenizer_json, torch, transformers
 
-from delve_jax import models, parallel, parents
+from delve_jax import lineage, models, parallel, parents
 from delve_jax.config import DelveError
 from delve_jax.parents import io, stock
 from delve_jax.parents.io import Source, weight_files
@@ -85,6 +86,19 @@ def test_tying_is_decided_by_content(sources, tmp_path):
     assert not cfg.tie_embeddings and "head" in params
     parents.export_stock(cfg, params, tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["tie_word_embeddings"] is False
+    # of its factored form the dense parent is this one still, head included
+    factored = dataclasses.replace(cfg, ranks=(("head", (3,)),))
+    assert models.count(stock.dense_parents(factored)[0]) == models.count(cfg)
+
+
+@pytest.mark.parametrize(("head", "said"), [
+    ("license: mit", "mit"), ("license: 'mit'  # all of it", "mit"), ("license: [mit]", "mit"),
+    ("license:\n- apache-2.0", "apache-2.0"), ("license: [mit, other]", None),
+    ("license:\nlanguage: en", None), ("tags: [license]", None), ("license: [mit", None),
+])  # fmt: skip
+def test_the_licence_in_a_parents_card(tmp_path, head, said):
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\nlicense: of no head\n")
+    assert lineage._license(tmp_path) == said
 
 
 def test_safetensors_win_over_bin(sources, tmp_path):
@@ -115,8 +129,6 @@ def test_several_export_shards_hold_the_same(sources, tmp_path):
 
 def test_factored_maps_are_multiplied_out(sources, tmp_path):
     """Unequal true ranks; what stands beyond a layer's rank is never used."""
-    import dataclasses
-
     cfg, params, _ = parents.load(sources["rwkv"])
     ranks, rng = (2, 5, 3), np.random.default_rng(0)
     v, u = (rng.standard_normal((3, *s)).astype(np.float32) for s in ((16, 5), (5, 40)))
@@ -148,8 +160,6 @@ def test_valid_ids_are_the_tokenizers(sources, tmp_path):
 
 
 def test_cut_vocabulary_stays_cut(sources, tmp_path):
-    import dataclasses
-
     cfg, params, _ = parents.load(sources["neox"])
     params["embed"] = {"kernel": params["embed"]["kernel"][:37]}
     params["head"] = {"kernel": params["head"]["kernel"][:, :37]}

@@ -102,6 +102,17 @@ def test_absent_streams_give_no_nan_and_get_no_gradient_from_a_mixture(randomise
     assert np.asarray(grads["streams"]["m"]["head"]["kernel"]).any()
 
 
+@pytest.mark.parametrize("depths", [(2, 2, 2), (2, 3, 2)], ids=["scanned", "uneven"])
+def test_absent_streams_leave_the_others_in_16_bits(depths):
+    streams = [(n, dataclasses.replace(s, n_layers=d))
+               for (n, s), d in zip(STREAMS, depths, strict=True)]  # fmt: skip
+    cfg = dataclasses.replace(CFG, streams=tuple(streams))
+    how, present = models.Compute(dtype="bfloat16"), jnp.ones((2, 1, 3))
+    run = lambda p: delve.features(cfg, p, TEXT, how=how, present_BTK=present)[0]  # noqa: E731
+    f = jax.eval_shape(run, models.abstract_params(cfg))
+    assert {a.dtype.name for a in f.values()} == {"bfloat16"}
+
+
 def test_a_subset_whose_static_weights_are_all_zero_shares_the_temperature(randomised):
     params = randomised(CFG, 3)
     params["pool"] = {"a": jnp.array([0.0, 1.2, 0.0])}

@@ -12,8 +12,10 @@ import pytest
 from compiled import forward
 
 from delve_jax import models, plan
-from delve_jax.compress import compress, curves, moments, prune
+from delve_jax.compress import assembly, compress, curves, moments, prune
+from delve_jax.compress.allocate import Plan
 from delve_jax.compress.prune import ordered
+from delve_jax.compress.spectra import InMemory
 from delve_jax.config import (
     DelveError,
     MambaConfig,
@@ -135,12 +137,20 @@ def repaired_by_hand(params, cfg, sizes, seed=0):
     ]
 
 
+def pruned(cfg, params, repaired):
+    """The parent with its MLP cut to what `repaired` gives for each layer."""
+    fits = [types.SimpleNamespace(repaired=lambda k, down_FO, fit=fit: fit) for fit in repaired]
+    spectra = types.SimpleNamespace(mlp=models.FAMILY[cfg.family].MLP, pruning=fits.__getitem__)
+    sizes = Plan({}, 0, 0, 0, 1.0, "dense", tuple(len(kept_K) for kept_K, _, _ in repaired))
+    return assembly.assemble(InMemory(cfg, params), spectra, sizes)[:2]
+
+
 @pytest.mark.parametrize("family", PARENTS)
 def test_pruned_stack_is_the_smaller_model_of_each_layer(family, randomised):
     """Unequal widths in one stack: layer by layer the same as a layer of exactly that width."""
     cfg = PARENTS[family]
     params = randomised(cfg, 0)
-    new_cfg, new = prune.apply(cfg, params, repaired_by_hand(params, cfg, (9, 25)))
+    new_cfg, new = pruned(cfg, params, repaired_by_hand(params, cfg, (9, 25)))
     assert new_cfg.neurons == (9, 25) and new_cfg.d_ffn == 25
     assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, models.abstract_params(new_cfg))
     per_neuron = {"neox": 2 * 16 + 1, "rwkv": 2 * 16, "qwen3": 3 * 16}[family]
@@ -169,7 +179,7 @@ def test_pruned_stack_is_the_smaller_model_of_each_layer(family, randomised):
 def test_a_layer_may_lose_all_its_neurons(sizes, randomised):
     cfg = PARENTS["rwkv"]
     params = randomised(cfg, 0)
-    new_cfg, new = prune.apply(cfg, params, repaired_by_hand(params, cfg, sizes))
+    new_cfg, new = pruned(cfg, params, repaired_by_hand(params, cfg, sizes))
     assert models.count(new_cfg) == models.count(cfg) - (2 * F - sum(sizes)) * 2 * 16
     assert from_json(to_json(new_cfg)) == new_cfg
     assert np.isfinite(forward(new_cfg, new, jnp.zeros((1, 4), int))[0]).all()
@@ -179,7 +189,7 @@ def test_a_layer_may_lose_all_its_neurons(sizes, randomised):
 def test_nothing_beyond_the_true_width_gets_a_gradient(family, randomised):
     cfg = PARENTS[family]
     params = randomised(cfg, 0)
-    cfg, params = prune.apply(cfg, params, repaired_by_hand(params, cfg, (9, 25)))
+    cfg, params = pruned(cfg, params, repaired_by_hand(params, cfg, (9, 25)))
     tokens_BT = jnp.arange(16).reshape(2, 8)
     grads = jax.grad(lambda p: jnp.square(forward(cfg, p, tokens_BT)[0]).sum())(params)
     *makers, reader = models.FAMILY[family].MLP
@@ -210,7 +220,7 @@ def test_repair_of_a_real_mlp_keeps_its_output(randomised):
         down = p["mlp"]["down"]["kernel"]
         fits.append(ordered(gram, down, mean_F=h_NF.mean(0)).repaired(14, down))
         x_BTD = models.block_apply(cfg, p, x_BTD)
-    small_cfg, small = prune.apply(cfg, params, fits)
+    small_cfg, small = pruned(cfg, params, fits)
     assert small_cfg.neurons == (14, 14) and models.count(small_cfg) < models.count(cfg)
     np.testing.assert_allclose(
         forward(small_cfg, small, tokens_BT)[0],
@@ -330,7 +340,7 @@ def test_candidates_are_the_mlps_whose_gram_is_affordable():
 @pytest.mark.parametrize("optimizer", ["adamw", "adamh"])
 def test_training_leaves_the_padding_zero(optimizer, randomised):
     """Where nothing acts there is no gradient (above), and no optimiser moves it either."""
-    cfg, params = prune.apply(
+    cfg, params = pruned(
         PARENTS["neox"], randomised(PARENTS["neox"], 0),
         repaired_by_hand(None, PARENTS["neox"], (9, 25)),
     )  # fmt: skip
@@ -349,7 +359,7 @@ def test_fused_pruned_parents_are_their_pool(randomised):
     parts = []
     for seed, name in enumerate(("neox", "rwkv")):
         cfg, params = PARENTS[name], randomised(PARENTS[name], seed)
-        parts.append((name, *prune.apply(cfg, params, repaired_by_hand(params, cfg, (0, 25)))))
+        parts.append((name, *pruned(cfg, params, repaired_by_hand(params, cfg, (0, 25)))))
     joint, params, _ = fuse(parts)
     assert models.count(joint) == joints_count(joint) + sum(models.count(c) for _, c, _ in parts)
     assert from_json(to_json(joint)) == joint

@@ -5,7 +5,7 @@ import json
 import pytest
 from commands import bad
 
-from delve_jax import cli, data, parallel, road, training, upcycle
+from delve_jax import checkpoint, cli, data, parallel, road, training, upcycle
 from delve_jax.config import DelveError
 from delve_jax.train.run import Settings
 
@@ -38,6 +38,24 @@ def test_work_goes_on_with_the_same_text_only(tmp_path, text):
     assert not road.begin(dst, COMMAND, overwrite=True, text=[text])
     assert not (partial / "work").exists()
     assert not road.begin(dst, COMMAND, text=[text])  # the new text is the run's own now
+
+
+@pytest.mark.parametrize("left", ["", "run.json.writing"])
+def test_a_folder_that_is_not_ours_is_refused_and_an_empty_one_is_taken(tmp_path, text, left):
+    """Without run.json stands what somebody else made, or what a kill before it was whole left."""
+    dst, partial = tmp_path / "out", tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "thesis.txt").write_text("years")
+    with pytest.raises(DelveError, match=rf"^{partial}: .*move it, or --overwrite$"):
+        road.begin(dst, COMMAND, text=[text])
+    assert (partial / "thesis.txt").read_text() == "years"
+    assert not road.begin(dst, COMMAND, overwrite=True, text=[text])
+    assert [p.name for p in partial.iterdir()] == ["run.json"]
+    (partial / "run.json").unlink()
+    if left:
+        (partial / left).write_text("{")
+    assert not road.begin(dst, COMMAND, text=[text])
+    assert json.loads((partial / "run.json").read_text())["command"] == COMMAND
 
 
 def test_finished_work_says_so_unless_its_text_has_changed(tmp_path, text):
@@ -114,6 +132,22 @@ def test_every_verb_that_reads_text_hands_it_to_the_claim(tmp_path, text, monkey
         assert claimed.pop() == wanted
 
 
+def test_fuse_is_claimed_for_its_teachers(tmp_path, monkeypatch):
+    """Named ones are part of what was made; those that the sources recorded are found anew."""
+    claimed = []
+
+    def begin(dst, command, *rest):
+        claimed.append(command)
+        raise DelveError("claimed")
+
+    monkeypatch.setattr(road, "begin", begin)
+    for teachers in (None, ["a", "b"], ["b", "a"]):
+        with pytest.raises(DelveError, match="claimed"):
+            road.fuse(["x", "y"], tmp_path / "out", teachers=teachers)
+    none, one, other = claimed
+    assert "teachers" not in none and one["teachers"] == ["a", "b"] != other["teachers"]
+
+
 @pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
 def test_verbs_of_one_process_refuse_to_be_one_of_several(tmp_path, capsys, monkeypatch, name):
     parallel.one_process("delve x")
@@ -129,3 +163,19 @@ def test_verbs_of_one_process_refuse_to_be_one_of_several(tmp_path, capsys, monk
         line = bad(capsys, *verb.split(), *more)
         assert line.startswith(f"error: delve {verb}: runs in one process") and "of 4" in line
     assert not list(tmp_path.iterdir())
+
+
+def test_overwrite_leaves_alone_what_no_verb_made(tmp_path):
+    """`delve convert out/healed out --overwrite`, with "/hf" forgotten, would take all of out/."""
+    (tmp_path / "out" / "healed").mkdir(parents=True)
+    (tmp_path / "out" / "thesis.txt").write_text("words")
+    with pytest.raises(DelveError, match=r"out: holds healed .*name another DST$"):
+        road.begin(tmp_path / "out", COMMAND, overwrite=True)
+    with (
+        pytest.raises(DelveError, match="leaves it alone"),
+        checkpoint.writing(tmp_path / "out", overwrite=True),
+    ):
+        pass
+    assert (tmp_path / "out" / "thesis.txt").exists()
+    (tmp_path / "out" / "run.json").write_text("{}")  # what a verb leaves
+    assert not road.begin(tmp_path / "out", COMMAND, overwrite=True)

@@ -88,6 +88,23 @@ def test_accuracy_is_weighted_by_size_and_soft_metrics_by_subject(tmp_path):
     assert got["subjects"]["small"] == {"examples": 2, "acc": pytest.approx(np.mean(right[9:]))}
 
 
+def test_lines_without_a_subject_are_one_of_the_subjects(tmp_path):
+    """Of other kinds as well, which do not have all metrics."""
+    plain = {"query": "Q", "choices": ["a", "bb"], "gold": 1}
+    rows = [*(mmlu_row(i, "x") for i in range(3)), plain, {"context": "c", "continuation": "d"}]
+    cut = lambda some: tasks.evaluate_task(speaker()[0], write(tmp_path, some))  # noqa: E731
+    got, x, rest, choice = cut(rows), cut(rows[:3]), cut(rows[3:]), cut([plain])
+    assert got["bits_per_byte"] == pytest.approx((x["bits_per_byte"] + rest["bits_per_byte"]) / 2)
+    assert got["choice_logprob"] == pytest.approx(
+        (x["choice_logprob"] + choice["choice_logprob"]) / 2
+    )
+    assert got["subjects"] == {"": {"examples": 2, "acc": rest["acc"]}, **x["subjects"]}
+    null = cut([plain | {"subject": None}])
+    assert null == choice
+    got = cut([rows[0], {"question": "a", "answer": "#### 1"}])
+    assert got["subjects"][""] == {"examples": 1} and not np.isnan(got["exact_match"])
+
+
 def test_shots_are_of_the_subject_and_never_scored(tmp_path):
     rows = [mmlu_row(i, s) for i in range(3) for s in ("x", "y")]
     path, dev = write(tmp_path, rows), write(tmp_path, [mmlu_row(7, "y"), mmlu_row(5, "x")], "dev")
@@ -99,7 +116,8 @@ def test_shots_are_of_the_subject_and_never_scored(tmp_path):
     assert tasks.evaluate_task(speaker()[0], path, shots=1, shots_from=dev)["shots"] == 1
     for shots, more, said in ((3, {}, "nothing is left"), (4, {}, "nothing is left"),
                               (2, {"shots_from": dev}, "there are 1 examples of subject x"),
-                              (-1, {}, "--shots -1")):  # fmt: skip
+                              (-1, {}, "--shots -1"),
+                              (0, {"shots_from": dev}, "from .*give --shots N")):  # fmt: skip
         with pytest.raises(DelveError, match=said):
             tasks.evaluate_task(speaker()[0], path, shots=shots, **more)
     with pytest.raises(DelveError, match="--mmlu letter"):
@@ -174,9 +192,14 @@ def test_exact_match(tmp_path, text, strict, flexible):
 def test_a_long_question_is_read_as_far_as_the_context_reaches(tmp_path):
     """As it is scored: eight worked examples have more than 1,024 tokens."""
     path = write(tmp_path, [{"question": "q" * 3000, "answer": "#### 1"}])
-    for context, read in ((4096, 3018), (1024, 1023 - 256)):
+    for context, read in ((4096, 3018), (1024, 1023 - 256), (512, 511 - 256), (256, 255 - 128)):
         model, seen = speaker(context=context)
         tasks.evaluate_task(model, path)
+        assert [len(text) for text in seen] == [read]
+    path = write(tmp_path, [ADD | {"prompt": "#" * 3000 + "\n" + ADD["prompt"]}])
+    for context, read in ((1024, 1023 - 512), (512, 511 - 256), (2, 1)):
+        model, seen = speaker(context=context)
+        tasks.evaluate_task(model, path, run_code=True)
         assert [len(text) for text in seen] == [read]
 
 
@@ -227,6 +250,14 @@ def test_pass_at_1_only_when_asked(tmp_path, text, passed):
     assert "pass_at_1" not in soft and not seen
     got = tasks.evaluate_task(model, path, run_code=True)
     assert got["pass_at_1"] == passed and got["bits_per_byte"] == soft["bits_per_byte"]
+
+
+def test_answers_of_two_kinds_end_as_each_kind_does(tmp_path):
+    path = write(tmp_path, [{"question": "How many?", "answer": "#### 1"}, ADD])
+    code = "    return a + b\n\ndef other():\n    nonsense("
+    model, seen = speaker(lambda prompt: code if "def add" in prompt else "\n#### 1")
+    got = tasks.evaluate_task(model, path, run_code=True)
+    assert (got["pass_at_1"], got["exact_match"], len(seen)) == (1, 1, 2)
 
 
 def test_the_sandbox_has_limits(tmp_path, monkeypatch):

@@ -217,6 +217,45 @@ def test_large_vocabularies_take_four_bytes(texts, tmp_path):
     assert folder.read(0, folder.tokens).tolist() == stream_of(documents, tok)
 
 
+def test_another_spelling_of_the_tokenizer_is_no_other(texts, tmp_path):
+    """As published, and as the library writes it: merges in one string, defaults left out."""
+    files, _, tokenizer, tok = texts
+    blob = json.loads(tokenizer.read_text())
+    blob["model"]["merges"] = [" ".join(pair) for pair in blob["model"]["merges"]]
+    del blob["pre_tokenizer"]["use_regex"], blob["model"]["byte_fallback"]
+    (tmp_path / "published.json").write_text(json.dumps(blob))
+    data.prepare(files[1:2], tmp_path / "t", tokenizer=tmp_path / "published.json")
+    args = {"vocab_size": 400, "window": 9, "batch": 4, "seed": 0}
+    data.training_set([tmp_path / "t"], tok.to_str(), **args)
+    blob["pre_tokenizer"]["add_prefix_space"] = True  # other ids of the same vocabulary
+    (tmp_path / "t" / "tokenizer.json").write_text(json.dumps(blob))
+    with pytest.raises(DelveError, match="another tokenizer"):
+        data.training_set([tmp_path / "t"], tok.to_str(), **args)
+    (tmp_path / "t" / "tokenizer.json").write_text("{")
+    with pytest.raises(DelveError, match=f"^{tmp_path / 't'}: tokenizer.json: cannot be read"):
+        data.training_set([tmp_path / "t"], tok.to_str(), **args)
+
+
+def test_where_a_mixture_stands_does_not_show(tmp_path):
+    """The order of windows depends on what the parts hold; copies of one text are read apart."""
+    args = {"vocab_size": 256, "window": 5, "batch": 2048, "seed": 3}
+    seen = []
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        for name in ("a", "b"):
+            text = "".join(f"{name}{i:03d}" for i in range(600))
+            (tmp_path / place / f"{name}.txt").write_text(text)
+        items = [f"{tmp_path / place / name}.txt=0.5" for name in ("a", "b")]
+        ds, facts = data.training_set(items, None, **args)
+        seen.append((ds[0].tolist(), facts["data_hash"]))
+    assert seen[0] == seen[1]
+    (tmp_path / "1.txt").write_text("".join(f"{i:04d}" for i in range(2000)))
+    shutil.copy(tmp_path / "1.txt", tmp_path / "2.txt")
+    ds, _ = data.training_set([f"{tmp_path / name}.txt=0.5" for name in "12"], None, **args)
+    # 1024 of 1999 windows from each: 1524 different ones where the two know nothing of each other
+    assert 1450 < len({tuple(row) for row in ds[0]}) < 1600
+
+
 def test_other_arguments_are_refused(texts, small, tmp_path):
     files, _, tokenizer, _ = texts
     dst = tmp_path / "t"
@@ -231,7 +270,7 @@ def test_other_arguments_are_refused(texts, small, tmp_path):
     other = tmp_path / "mine"
     other.mkdir()
     (other / "thesis.tex").write_text("text")
-    with pytest.raises(DelveError, match="no token folder"):
+    with pytest.raises(DelveError, match="it has no manifest.json, so --overwrite"):
         data.prepare(files, other, tokenizer=tokenizer, overwrite=True)
     assert (other / "thesis.tex").exists()
 
@@ -337,8 +376,14 @@ def test_damaged_folders_are_named(texts, small, tmp_path):
     broken(edit(dtype="int7"), "manifest.json: field 'int7'")
     broken(edit(tokens=7), "'tokens' is 7")
     broken(edit(shards=[]), "another sum")
+    broken(edit(max_id="9"), "manifest.json: field 'max_id'")
+    row = {"file": "tokens-00000.bin", "tokens": 9}
+    broken(edit(shards=[row]), "manifest.json: field 'sha256'")
     broken(flip, "tokens-00002.bin: differs", lambda f: data.open_tokens(f).verify())
     again = lambda f: data.prepare(files, f, tokenizer=tokenizer)  # noqa: E731
     bad = broken(cut, "tokens-00001.bin", again)
+    data.prepare(files, bad, tokenizer=tokenizer, overwrite=True)
+    assert contents(bad) == contents(tmp_path / "good")
+    bad = broken(lambda f: (f / "manifest.json").write_text("{"), "--overwrite", again)
     data.prepare(files, bad, tokenizer=tokenizer, overwrite=True)
     assert contents(bad) == contents(tmp_path / "good")

@@ -194,7 +194,13 @@ def _allocated(spectra: Spectra, maps: list[Map], plan: Plan, report: Report) ->
         candidates.append(_planned(maps, plan, kinds, fixed))
     candidates.append((plan, None, None))
     found = curves.measured(spectra, [plan for plan, _, _ in candidates])
-    best = int(np.nanargmin([facts["kl"] for facts in found]))
+    nats = [facts["kl"] for facts in found]
+    if np.isnan(nats).all():
+        raise DelveError(
+            f"--keep {plan.budget / plan.total:.4g}: how far the compressed parent diverges is not "
+            "a finite number; keep more, or check the weights and the calibration text"
+        )
+    best = int(np.nanargmin(nats))
     plan, expected, bound = candidates[best]
     return dataclasses.replace(
         report, plan=plan, expected=expected, bound=bound, curves=fits, measured=found[best]
@@ -206,22 +212,14 @@ def _planned(maps: list[Map], plan: Plan, kinds: list, fixed: int):
     choice = knapsack.choose(kinds, fixed, plan.budget, total=plan.total)
     inner = knapsack.within(kinds, choice, fixed, plan.budget // 2)
     new = dataclasses.replace(
-        plan, **_sizes(maps, choice), parameters=choice.parameters, rho=plan.budget / plan.total
-    )
+        plan, **curves.chosen(maps, choice), parameters=choice.parameters,
+        rho=plan.budget / plan.total,
+    )  # fmt: skip
     new = dataclasses.replace(
-        new, nested=dataclasses.replace(new, **_sizes(maps, inner)).sizes,
+        new, nested=dataclasses.replace(new, **curves.chosen(maps, inner)).sizes,
         tables="factored" if any(name in new.ranks for name in TABLES) else "dense",
     )  # fmt: skip
     return new, choice.error, choice.bound
-
-
-def _sizes(maps: list[Map], choice: knapsack.Allocation) -> dict:
-    """The ranks and neurons that an allocation chose."""
-    sizes = {}
-    for (name, _), size in sorted(choice.sizes.items()):
-        sizes.setdefault(name, []).append(size)
-    ranks = {m.name: tuple(sizes[m.name]) for m in maps if min(sizes.get(m.name, [-1])) >= 0}
-    return {"ranks": ranks, "neurons": tuple(sizes.get(curves.NEURONS, ()))}
 
 
 def _cut_padding(cfg: ParentConfig, params: dict) -> dict:

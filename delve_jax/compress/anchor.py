@@ -218,11 +218,16 @@ class Anchor(Sweep):
         if self._fitted(index).exists():
             with np.load(self._fitted(index)) as kept:
                 for name in names:
-                    leaf = {key: kept[f"{name}:{key}"] for key in at(layer, name)}
+                    leaf = at(layer, name)
+                    leaf = {key: kept[f"{name}:{key}"].astype(a.dtype) for key, a in leaf.items()}
                     layer = replaced(layer, name, leaf)
         else:
             layer = self._fit_all(index, layer, names)
-            arrays = {f"{n}:{k}": a for n in names for k, a in at(layer, n).items()}
+            arrays = {  # a file knows no bfloat16
+                f"{n}:{k}": a.astype(np.promote_types(a.dtype, np.float32))
+                for n in names
+                for k, a in at(layer, n).items()
+            }
             behind.do(write_arrays, self._fitted(index), **arrays)
         self._advance(index, layer)
         return layer

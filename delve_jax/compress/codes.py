@@ -40,9 +40,18 @@ def untied(cfg: ParentConfig, params: dict) -> tuple[ParentConfig, dict]:
     V = cfg.vocab_size
     table_VD = materialise(params["embed"])[:V]
     head_DV = table_VD.T if cfg.tie_embeddings else materialise(params["head"])[:, :V]
-    ranks = tuple((name, r) for name, r in cfg.ranks if name not in ("embed", "head"))
-    cfg = dataclasses.replace(cfg, vocab_rows=V, tie_embeddings=False, ranks=ranks)
-    return cfg, {**params, "embed": {"kernel": table_VD}, "head": {"kernel": head_DV}}
+    tables = {"embed": {"kernel": table_VD}, "head": {"kernel": head_DV}}
+    cfg = dataclasses.replace(_without(cfg, tables), vocab_rows=V, tie_embeddings=False)
+    return cfg, {**params, **tables}
+
+
+def _without(cfg: ParentConfig, tables: dict) -> ParentConfig:
+    """The config with these tables dense: no rank, nor one at half the size."""
+    ranks, nested = (
+        tuple((name, r) for name, r in sizes if name not in tables)
+        for sizes in (cfg.ranks, cfg.nested)
+    )
+    return dataclasses.replace(cfg, ranks=ranks, nested=nested)
 
 
 def measure(cfg: ParentConfig, params: dict, tokens_NT, seed: int = 0) -> TableMoments:
@@ -159,12 +168,13 @@ def common(
     """The parents with tables factored at `rank`, whose long factors are the same arrays.
 
     embed: {"v" common [V, r], "u" own [r, D]}; head: {"v" own [D, r], "u" common [r, V]}. Tied
-    tables are untied first. DelveError: a rank that is not in 1 .. sum of the widths, a parent in
-    pivot or int8 form.
+    tables are untied first. DelveError: a rank that is not in 1 .. sum of the widths (or the
+    vocabulary, where that is smaller), a parent in pivot or int8 form.
     """
-    width = sum(cfg.d_model for _, cfg, _ in parents)
-    if not 1 <= rank <= width:
-        raise DelveError(f"--codes {rank}: must lie in 1 .. {width}, the sum of the widths")
+    width, V = sum(cfg.d_model for _, cfg, _ in parents), parents[0][1].vocab_size
+    if not 1 <= rank <= min(width, V):
+        most = "the sum of the widths" if width <= V else "the size of the vocabulary"
+        raise DelveError(f"--codes {rank}: must lie in 1 .. {min(width, V)}, {most}")
     if odd := [(name, cfg.storage) for name, cfg, _ in parents if cfg.storage != "uv"]:
         raise DelveError(
             f"--codes: {odd[0][0]} is stored as {odd[0][1]}, common tables have the uv form alone; "
@@ -198,6 +208,4 @@ def alone(cfg: ParentConfig, params: dict) -> tuple[ParentConfig, dict]:
     if rank * (cfg.vocab_size + cfg.d_model) < cfg.vocab_size * cfg.d_model:
         return cfg, params
     dense = {name: {"kernel": materialise(params[name])} for name in ("embed", "head")}
-    ranks = tuple((name, r) for name, r in cfg.ranks if name not in dense)
-    nested = tuple((name, r) for name, r in cfg.nested if name not in dense)
-    return dataclasses.replace(cfg, ranks=ranks, nested=nested), {**params, **dense}
+    return _without(cfg, dense), {**params, **dense}

@@ -17,10 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..config import DelveError
 from . import behind, device
 from .allocate import Map, Plan, rank_grid
+from .assembly import replaced
 from .factorize import Array
-from .knapsack import Item, Kind, Option
+from .knapsack import Allocation, Item, Kind, Option
 from .moments import Student
 from .prune import per_neuron, refitted
 from .spectra import TABLES, Spectra, at
@@ -49,11 +51,6 @@ def cut(spectra: Spectra, name: str, layer: int, rank: int, leaf: dict) -> dict:
     return new
 
 
-def _put(tree: dict, name: str, leaf: dict) -> dict:
-    first, _, rest = name.partition("/")
-    return {**tree, first: _put(tree[first], rest, leaf) if rest else leaf}
-
-
 def measure(spectra: Spectra, maps: list[Map]) -> dict:
     """{map: (a, b)} of E = a tail^b over all layers of each kind of map."""
     L, cfg = spectra.cfg.n_layers, spectra.cfg
@@ -72,7 +69,9 @@ def measure(spectra: Spectra, maps: list[Map]) -> dict:
         students.append(student(spectra, {}, [k] * L))
     nats = [kl for kl, _ in _diverged(spectra, students, "curves")]
     points = list(zip(expected, nats, strict=True))
-    return {names[i]: through(*points[i : i + 2]) for i in range(0, len(names), 2)}
+    return {
+        names[i]: through(*points[i : i + 2], of=f"map {names[i]}") for i in range(0, len(names), 2)
+    }
 
 
 def _rows(spectra: Spectra) -> int:
@@ -101,11 +100,11 @@ def _changed(spectra: Spectra, ranks: dict, neurons, index: int, params: dict) -
     """The parameters of a layer with its maps cut to their ranks and its MLP to its neurons."""
     for name, of_layers in ranks.items():
         leaf = cut(spectra, name, index, of_layers[index], at(params, name))
-        params = _put(params, name, leaf)
+        params = replaced(params, name, leaf)
     if neurons:
         reader = spectra.mlp[-1]
         leaf = refitted(at(params, reader), spectra.pruning(index), neurons[index])
-        params = _put(params, reader, leaf)
+        params = replaced(params, reader, leaf)
     return params
 
 
@@ -124,9 +123,19 @@ def checked(spectra: Spectra, students: list[Student]) -> list[dict]:
     return [{"kl": kl, "nll_after": after, **facts} for kl, after in found]
 
 
-def through(mild: tuple[float, float], hard: tuple[float, float]) -> tuple[float, float]:
-    """(a, b) of the power law through two (tail, nats) points; (1, 1) where nothing is lost."""
+def through(
+    mild: tuple[float, float], hard: tuple[float, float], of: str = "a map"
+) -> tuple[float, float]:
+    """(a, b) of the power law through two (tail, nats) points; (1, 1) where nothing is lost.
+
+    DelveError: what is lost (of `of`) is not a finite number.
+    """
     (t1, e1), (t2, e2) = mild, hard
+    if not all(map(math.isfinite, (*mild, *hard))):
+        raise DelveError(
+            f"{of}: what is lost where it is cut is not a finite number; check the weights and the "
+            "calibration text"
+        )
     if min(t2, e2) < NOTHING:
         return 1.0, 1.0
     if min(t1, e1) < NOTHING or t2 <= t1 * (1 + 1e-9):
@@ -176,11 +185,22 @@ def dense(kind: Kind) -> tuple[Item, ...]:
     return next(items for items in kind.modes.values() if all(i.options[0].size < 0 for i in items))
 
 
+def chosen(maps: list[Map], choice: Allocation, owner: str = "") -> dict:
+    """The ranks and neurons that an allocation chose; owner: what the names of these maps begin
+    with there."""
+    sizes = {}
+    for (name, _), size in sorted(choice.sizes.items()):
+        if name.startswith(owner):
+            sizes.setdefault(name.removeprefix(owner), []).append(size)
+    ranks = {m.name: tuple(sizes[m.name]) for m in maps if min(sizes.get(m.name, [-1])) >= 0}
+    return {"ranks": ranks, "neurons": tuple(sizes.get(NEURONS, ()))}
+
+
 def _nats(tail: Array, layers: int, curve: tuple[float, float]) -> Array:
     """A layer's share of E = a (sum of the tails of all layers)^b, were all layers alike."""
     a, b = curve
     nats = a / layers * (layers * tail) ** b
-    return np.where(nats > NOTHING, nats, 0.0)
+    return np.where(nats <= NOTHING, 0.0, nats)  # NaN stays: `knapsack` refuses it
 
 
 def _pruned(spectra: Spectra, curve: tuple[float, float]) -> tuple[Item, ...]:

@@ -1,8 +1,9 @@
 """Several parents within ONE budget: bodies of their own, vocabulary tables in common.
 
-What `__init__.compress` does for one parent, for all that will be fused: factors of every body map
-at every rank (`spectra`), common codes at every rank (`codes`), their curves in nats, and one
-knapsack in which parents, kinds of maps and codes compete for the same parameters.
+For all parents that will be fused: factors of every body map at every rank (`spectra`), common
+codes at every rank (`codes`), their curves in nats, and one knapsack in which parents, kinds of
+maps and codes compete for the same parameters. Its answer is taken as it is, where
+`__init__.compress` measures it beside uniform ranks.
 """
 
 from __future__ import annotations
@@ -122,9 +123,17 @@ def _kind(shared: codes.Codes, curve: tuple[float, float]) -> Kind:
 
 
 def _curve(shared: codes.Codes, spectra: list[Spectra], file: Path) -> tuple[float, float]:
-    """(a, b) of E = a tail^b, E the sum of the parents' divergences with the codes for tables."""
+    """(a, b) of E = a tail^b, E the sum of the parents' divergences with the codes for tables.
+
+    DelveError: the file holds that of other parents.
+    """
+    key = [s.key for s in spectra]
     if file.exists():
-        return tuple(json.loads(file.read_text()))
+        known = json.loads(file.read_text())
+        if not isinstance(known, dict) or known["parents"] != key:  # versions before had no key
+            raise DelveError(f"{file}: was measured on other parents or by another version; remove "
+                             "it or name another folder")  # fmt: skip
+        return tuple(known["curve"])
     ranks = [max(1, round(share * shared.most)) for share in SHARES]
     nats = np.zeros(len(ranks))
     with progress(len(spectra), "codes", "parent") as bar:
@@ -133,9 +142,10 @@ def _curve(shared: codes.Codes, spectra: list[Spectra], file: Path) -> tuple[flo
             rows = max(1, curves.TOKENS // s.tokens.shape[1])
             nats += [kl for kl, _ in s.sweep.divergences(rows, students, "codes")]
             bar.update()
-    curve = curves.through(*zip(shared.tails(ranks).tolist(), nats.tolist(), strict=True))
+    points = zip(shared.tails(ranks).tolist(), nats.tolist(), strict=True)
+    curve = curves.through(*points, of="common codes")
     half = file.with_suffix(".writing")
-    half.write_text(json.dumps(curve))
+    half.write_text(json.dumps({"curve": curve, "parents": key}))
     half.replace(file)
     return curve
 
@@ -153,14 +163,9 @@ def _student(shared: codes.Codes, index: int, rank: int) -> Student:
 
 def _plan(parent: str, body: list, choice: knapsack.Allocation, total: int, budget: int) -> Plan:
     """The sizes of one parent's body."""
-    sizes: dict[str, list[int]] = {}
-    for (name, _), size in sorted(choice.sizes.items()):
-        owner, _, inner = name.rpartition(":")  # a parent's own name may hold one
-        if owner == parent and inner:
-            sizes.setdefault(inner, []).append(size)
-    ranks = {m.name: tuple(sizes[m.name]) for m in body if min(sizes.get(m.name, [-1])) >= 0}
-    neurons = tuple(sizes.get(curves.NEURONS, ()))
-    return Plan(ranks, choice.parameters, total, budget, budget / total, "common", neurons)
+    sizes = curves.chosen(body, choice, f"{parent}:")
+    return Plan(**sizes, parameters=choice.parameters, total=total, budget=budget,
+                rho=budget / total, tables="common")  # fmt: skip
 
 
 def smallest(configs: list[ParentConfig]) -> float:

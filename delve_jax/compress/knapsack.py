@@ -55,34 +55,13 @@ class Allocation(NamedTuple):
     error: float
     bound: float  # no choice of sizes in these modes within the budget has a smaller error
 
-    @property
-    def gap(self) -> float:
-        """Certificate: how far the error can be from the optimum at most, relative."""
-        return (self.error - self.bound) / max(self.bound, np.finfo(float).tiny)
 
-
-def choose(
-    kinds: list[Kind],
-    fixed: int,
-    budget: int,
-    modes: dict[str, str] | None = None,
-    *,
-    nested: bool = False,
-    total: int | None = None,
-) -> Allocation:
+def choose(kinds: list[Kind], fixed: int, budget: int, total: int | None = None) -> Allocation:
     """The allocation of least error with at most `budget` parameters, `fixed` of them always there.
 
-    modes: {kind: mode} that are given, the others are chosen. nested: slope order up to the first
-    segment that does not fit and no further, so that with the same modes a larger budget never
-    makes a size smaller (dense, -1, counts as the largest). total: parameters of the dense source,
-    for the error's wording. DelveError names the smallest possible ratio where nothing fits.
+    total: parameters of the dense source, for the error's wording. DelveError names the smallest
+    possible ratio where nothing fits.
     """
-    kinds = [
-        kind._replace(modes={m: kind.modes[m] for m in [modes[kind.name]]})
-        if modes and kind.name in modes
-        else kind
-        for kind in kinds
-    ]
     hulls = [{mode: _Mode(items) for mode, items in kind.modes.items()} for kind in kinds]
     least = fixed + sum(min(m.cost for m in by_mode.values()) for by_mode in hulls)
     if budget < least:
@@ -92,7 +71,7 @@ def choose(
             f"--keep {budget / total:.4g} cannot be met: the smallest sizes everywhere leave "
             f"{least:,} of {total:,} parameters; the smallest possible --keep is {smallest:.4f}"
         )
-    picks = _search(hulls, budget - fixed, nested)
+    picks = _search(hulls, budget - fixed)
     out = Allocation(
         {kind.name: mode for kind, mode in zip(kinds, picks.modes, strict=True)},
         {},
@@ -187,7 +166,7 @@ class _Picks(NamedTuple):
         return self.error, self.cost
 
 
-def _search(hulls: list[dict[str, _Mode]], budget: int, nested: bool) -> _Picks:
+def _search(hulls: list[dict[str, _Mode]], budget: int) -> _Picks:
     """The best modes and options: mode choices in the order of their bound, while it lets them win.
 
     Exact in the modes unless MODES run out first. The first choice always fits.
@@ -202,7 +181,7 @@ def _search(hulls: list[dict[str, _Mode]], budget: int, nested: bool) -> _Picks:
         if best is not None and picks.bound > best.error:
             continue
         items = [i for by, m in zip(hulls, modes, strict=True) for i in by[m].items]
-        if nested or not picks.price:
+        if not picks.price:
             picks = _priced(items, picks)
         else:
             picks = _polish(items, _fill(items, picks, budget), budget)

@@ -87,7 +87,7 @@ def programs(cfg: ParentConfig):
 
     @device.program
     def embed_back(outer, tokens_BT, g_BTD):
-        rows = lookup(outer["embed"], tokens_BT)
+        rows = wide(lookup(outer["embed"], tokens_BT))  # as the gradient is
 
         def rest(rows):  # RWKV normalises what it looks up
             ln0 = outer.get("ln0")

@@ -8,7 +8,6 @@ k is a prefix. Letters here: P neurons picked at once, J candidates for them, M 
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -186,41 +185,3 @@ def refitted(leaf: dict, pruning: Pruning, k: int) -> dict:
     if "bias" in leaf:
         new["bias"] = jnp.asarray(leaf["bias"] + shift_O, leaf["bias"].dtype)
     return new
-
-
-def apply(
-    cfg: ParentConfig, params: dict, repaired: list[tuple[Array, Array, Array]]
-) -> tuple[ParentConfig, dict]:
-    """The parent with its (dense) MLP maps cut to what `repaired` gives for each layer.
-
-    repaired: (kept_K, down_KO, bias shift) per layer, as `Pruning.repaired` returns them. Stacks
-    are as wide as the widest layer and zero beyond each layer's own width: gelu, silu and relu^2
-    are 0 at 0, so nothing acts there and nothing there gets a gradient.
-    """
-    *makers, reader = models.FAMILY[cfg.family].MLP
-    neurons = tuple(len(kept_K) for kept_K, _, _ in repaired)
-    width = max(1, *neurons)  # no program runs on arrays without elements
-    layers = dict(params["layers"])
-
-    def put(name: str, leaf: dict) -> None:
-        outer, inner = name.split("/")
-        layers[outer] = {**layers[outer], inner: {k: jnp.asarray(a) for k, a in leaf.items()}}
-
-    for name in makers:
-        leaf = models.leaf_of(params, name)
-        new = {key: np.zeros((*a.shape[:-1], width), a.dtype) for key, a in leaf.items()}
-        for layer, (kept_K, _, _) in enumerate(repaired):
-            for key, a in leaf.items():  # kernel [L, D, F], bias [L, F]
-                new[key][layer, ..., : len(kept_K)] = np.asarray(a[layer])[..., kept_K]
-        put(name, new)
-    leaf = models.leaf_of(params, reader)
-    kernel = leaf["kernel"]
-    new = {"kernel": np.zeros((cfg.n_layers, width, kernel.shape[-1]), kernel.dtype)}
-    for layer, (kept_K, down_KO, _) in enumerate(repaired):
-        new["kernel"][layer, : len(kept_K)] = down_KO
-    if "bias" in leaf:
-        shifts = np.stack([shift_O for _, _, shift_O in repaired])
-        new["bias"] = (np.asarray(leaf["bias"], np.float64) + shifts).astype(leaf["bias"].dtype)
-    put(reader, new)
-    cfg = dataclasses.replace(cfg, d_ffn=width, neurons=neurons)
-    return cfg, {**params, "layers": layers}

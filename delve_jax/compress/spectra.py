@@ -7,6 +7,7 @@ layer, its Grams, and the activations of one boundary.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -18,7 +19,7 @@ import jax
 import numpy as np
 
 from .. import metrics
-from ..config import DelveError, ParentConfig
+from ..config import DelveError, ParentConfig, to_json
 from . import baselines, behind, device, factorize, prune, vocab
 from .allocate import Map
 from .factorize import Array, Factors
@@ -166,12 +167,17 @@ class Spectra:
             self.sweep = Sweep(source, tokens_NT, self.folder, inputs=inputs, seed=seed)
         self.bar = functools.partial(metrics.progress, unit="layer", hide=not progress)
         self._kept = {}  # the factors read last: candidates of one map come together
-        windows = None if tokens_NT is None else hashlib.sha256(tokens_NT.tobytes()).hexdigest()
+        windows = shape = None
+        if tokens_NT is not None:
+            windows, shape = hashlib.sha256(tokens_NT.tobytes()).hexdigest(), tokens_NT.shape
         if device.on() and how.metric and self._missing():
             self._ahead()
         with self.bar(self.cfg.n_layers + 1, "read the weights") as bar:
             parent = fingerprint(source, bar.update)
-        self._claim({**key, "seed": seed, "parent": parent, "tokens": windows})
+        # the weights run as the config says; of what it says beside, dtypes are in `parent`
+        config = to_json(dataclasses.replace(self.cfg, dtype="", hf_config=""))
+        self._claim({**key, "seed": seed, "parent": parent, "config": config,
+                     "tokens": windows, "windows": shape})  # fmt: skip
         self._make()
 
     def _ahead(self) -> None:
@@ -196,6 +202,7 @@ class Spectra:
             raise DelveError(f"{self.folder}: holds factors of another parent, text, method or "
                              "version; remove it or name another folder")  # fmt: skip
         file.write_text(text)
+        self.key = hashlib.sha256(text.encode()).hexdigest()
 
     def _missing(self) -> list[int]:
         """Layers without factors."""

@@ -8,7 +8,6 @@ alone, so that neither an interruption nor the number of workers shows in the re
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
 import shutil
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import DelveError, read_json
+from ..config import DelveError, read_json, write_json
 from ..metrics import progress
 from . import catalog
 from .text import SPLITS, split_of
@@ -64,11 +63,14 @@ def prepare(
     options = {"text_field": text_field, "split": split, "workers": workers}
     json_str, dst = read_tokenizer(tokenizer), Path(dst)
     if mixture := catalog.mixture_of(sources):
-        return _prepare_mixture(*mixture, dst, json_str, options, limit_bytes, overwrite)
+        try:
+            return _prepare_mixture(*mixture, dst, json_str, options, limit_bytes, overwrite)
+        except OSError as err:
+            raise DelveError(f"{dst}: cannot be written ({err.strerror or err})") from None
     found = [s for source in sources for s in catalog.resolve(source, text_field)]
     plan = _plan(found, json_str, split, limit_bytes)
     try:
-        partial = _claim(dst, plan, overwrite)
+        partial = _claim(dst, MANIFEST, plan, overwrite)
     except OSError as err:
         raise DelveError(f"{dst}: cannot be written ({err.strerror or err})") from None
     if partial is None:
@@ -92,20 +94,24 @@ def prepare(
 
 
 def _prepare_mixture(name, parts, dst, json_str, options, limit_bytes, overwrite) -> dict:
-    """Each part of a mixture in DST/PART, each finished one kept; then mixture.json."""
-    if dst.exists() and not (dst / MIXTURE).exists():
-        raise DelveError(f"{dst}: exists and is no prepared mixture; name another DST")
-    already = dst.exists()
-    partial = dst if already else dst.with_name(dst.name + ".partial")
+    """Each part of a mixture in DST/PART, each finished one kept; then mixture.json.
+
+    Parts of another mixture in DST go when all of these are whole.
+    """
+    record = {"mixture": name, "weights": {part: weight for part, _, weight in parts}}
+    partial = _claim(dst, MIXTURE, record, overwrite)
+    already, place = partial is None, partial or dst
     total = sum(weight for *_, weight in parts)
     for part, source, weight in parts:
         limit = None if limit_bytes is None else max(1, int(limit_bytes * weight / total))
         part_options = {**options, "limit_bytes": limit, "overwrite": overwrite}
-        done = prepare([source], partial / part, tokenizer=json_str, **part_options)
+        done = prepare([source], place / part, tokenizer=json_str, **part_options)
         already = already and done["already"]
-    weights = {part: weight for part, _, weight in parts}
-    _write_json(partial / MIXTURE, {"mixture": name, "weights": weights})
-    if partial != dst:
+    if partial:
+        write_json(partial / MIXTURE, record, indent=1)
+        (partial / _PLAN).unlink(missing_ok=True)
+        if dst.exists():
+            shutil.rmtree(dst)
         partial.rename(dst)
     return {"path": str(dst), "already": already, **read_json(dst / MIXTURE)}
 
@@ -137,26 +143,30 @@ def _digest(source: catalog.Source) -> str | None:
         raise DelveError(f"{source.path}: cannot be read ({err.strerror})") from None
 
 
-def _claim(dst: Path, plan: dict, overwrite: bool) -> Path | None:
-    """DST.partial, begun or to be gone on with; None where DST is what `plan` makes already."""
+def _claim(dst: Path, record: str, plan: dict, overwrite: bool) -> Path | None:
+    """DST.partial, begun or to be gone on with; None where DST is what `plan` makes already.
+
+    record: the file, MANIFEST or MIXTURE, with which DST is whole.
+    """
     if dst.exists():
-        ours = (dst / MANIFEST).is_file()
-        if ours and _made_from(dst / MANIFEST, plan):
+        ours = (dst / record).is_file()
+        if ours and _made_from(dst / record, plan):
             try:
-                open_tokens(dst)  # a shard may have been lost since
+                if record == MANIFEST:
+                    open_tokens(dst)  # a shard may have been lost since
                 return None
             except DelveError:
                 if not overwrite:
                     raise
         if not (ours and overwrite):
-            way = "--overwrite" if ours else "it is no token folder, so --overwrite leaves it alone"
+            way = "--overwrite" if ours else f"it has no {record}, so --overwrite leaves it alone"
             raise DelveError(f"{dst}: exists and was not made like this; name another DST ({way})")
     partial = dst.with_name(dst.name + ".partial")
-    records = [f for f in (partial / MANIFEST, partial / _PLAN) if f.is_file()]
+    records = [f for f in (partial / record, partial / _PLAN) if f.is_file()]
     if partial.exists() and not (records and _made_from(records[0], plan)):
         if not records and any(partial.iterdir()):
             raise DelveError(f"{partial}: is in the way and not ours; move it")
-        if any(partial.glob("tokens-*")) and not overwrite:
+        if any(partial.rglob("tokens-*")) and not overwrite:
             raise DelveError(
                 f"{partial}: holds unfinished work of other arguments or of sources that changed "
                 "since; repeat those, or --overwrite"
@@ -165,21 +175,17 @@ def _claim(dst: Path, plan: dict, overwrite: bool) -> Path | None:
         records = []
     partial.mkdir(parents=True, exist_ok=True)
     if not records:
-        _write_json(partial / _PLAN, plan)
+        write_json(partial / _PLAN, plan, indent=1)
     return partial
 
 
 def _made_from(record: Path, plan: dict) -> bool:
     """Whether a manifest, or the plan of unfinished work, is that of `plan`."""
-    made = read_json(record)
+    try:
+        made = read_json(record)
+    except DelveError:
+        return False  # damaged: --overwrite replaces it
     return all(made.get(key) == value for key, value in plan.items())
-
-
-def _write_json(path: Path, data: dict) -> None:
-    """Written aside and renamed: a file of this name is always whole."""
-    aside = path.with_name(path.name + ".writing")
-    aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
 
 
 @dataclass
@@ -355,7 +361,7 @@ class _Shard:
         self.file.close()
         self.aside.replace(self.path)
         row = {**self.row, "sha256": self.sha256.hexdigest(), "position": position}
-        _write_json(self.path.with_suffix(".json"), row)
+        write_json(self.path.with_suffix(".json"), row, indent=1)
         return row
 
     def drop(self) -> None:
@@ -371,7 +377,7 @@ def _finish(partial: Path, shards: Sequence[dict], tok, json_str: str | None, pl
         aside.replace(partial / "tokenizer.json")
     sums = {key: sum(row[key] for row in shards) for key in ("documents", "tokens", "bytes")}
     rows = [{key: value for key, value in row.items() if key != "position"} for row in shards]
-    _write_json(partial / MANIFEST, {
+    write_json(partial / MANIFEST, {
         **plan, "eot": eot_of(tok), "dtype": _dtype(tok).name, **sums,
         "max_id": max(row["max_id"] for row in shards), "shards": rows,
-    })  # fmt: skip
+    }, indent=1)  # fmt: skip

@@ -20,7 +20,7 @@ import numpy as np
 from ..config import DelveError, read_json
 from .build import MIXTURE
 from .text import data_hash, read_documents
-from .tokenizer import encode_documents, load_tokenizer, same_tokenizer
+from .tokenizer import encode_documents, load_tokenizer, same_ids
 from .tokens import MANIFEST, TokenFiles, open_tokens, sha256_of
 
 _MASK = (1 << 64) - 1
@@ -125,10 +125,10 @@ class Mixture:
 
     Places of a block are permuted by (seed, block). The j-th window of component i in block b is
     window b * count_i + j of that component, which starts anew when it is used up, each time in a
-    permutation by (seed, component, epoch).
+    permutation by (seed, component's key, epoch).
     """
 
-    names: tuple[str, ...]
+    keys: tuple[str, ...]
     sources: tuple
     counts: tuple[int, ...]
     seed: int
@@ -148,7 +148,7 @@ class Mixture:
         j = at - (self.ends[i] - self.counts[i])
         n = len(self.sources[i])
         epoch, element = divmod(block * self.counts[i] + j, n)
-        return i, permuted(element, n, _key(self.seed, self.names[i], epoch))
+        return i, permuted(element, n, _key(self.seed, self.keys[i], epoch))
 
     def __getitem__(self, g: int) -> np.ndarray:
         i, element = self.place(int(g))
@@ -162,11 +162,13 @@ def mixture(
     shard: int = 0,
     shards: int = 1,
     block: int = 2048,
+    keys: Sequence[str] | None = None,
 ):
     """A grain dataset like that of `batches`, of (name, source, weight) in exact proportions.
 
     The block-deterministic rule of the Delphi suite (`Mixture`, `block_counts`): every `block`
     windows in a row that begin at a multiple of it hold the same count of each component.
+    keys: what the order of each part's windows depends on beside the seed (default: its name).
     DelveError: a weight that is not positive, or too small for one window a block.
     """
     import grain
@@ -184,7 +186,7 @@ def mixture(
             f"{names[counts.index(0)]}: its weight is less than one window in a block of {block}; "
             "raise it or leave the part out"
         )
-    ds = grain.MapDataset.source(Mixture(names, sources, tuple(counts), seed))
+    ds = grain.MapDataset.source(Mixture(tuple(keys or names), sources, tuple(counts), seed))
     return ds[shard::shards].batch(batch // shards, drop_remainder=True)
 
 
@@ -231,7 +233,10 @@ def training_set(
         name = next(part.name for part in parts if part.weight is None)
         raise DelveError(f"{name}: has no weight and others have; give each PATH=WEIGHT, or none")
     if given:
-        ds = mixture([(p.name, p.source, p.weight) for p in parts], batch, seed, shard, shards)
+        named = [(p.name, p.source, p.weight) for p in parts]
+        # names are paths: elsewhere the same text must come in the same order; i sets copies apart
+        keys = [f"{i} {p.hash}" for i, p in enumerate(parts)]
+        ds = mixture(named, batch, seed, shard, shards, keys=keys)
     else:
         source = parts[0].source if len(parts) == 1 else Pool(tuple(p.source for p in parts))
         ds = batches(source, batch, seed, shard, shards)
@@ -273,7 +278,7 @@ def _items(items: Sequence[str | Path]) -> list[tuple[Path, float | None]]:
         if not path.exists():
             raise DelveError(f"{path}: no such text file or token folder")
         if (path / MIXTURE).is_file():
-            shares = read_json(path / MIXTURE)["weights"]
+            shares = _weights(path / MIXTURE)
             total, weight = sum(shares.values()), 1.0 if weight is None else weight
             out += [(path / part, weight * w / total) for part, w in shares.items()]
         elif path.is_dir() and not (path / MANIFEST).is_file():
@@ -283,6 +288,18 @@ def _items(items: Sequence[str | Path]) -> list[tuple[Path, float | None]]:
     if twice := [path for path, _ in out if sum(path == other for other, _ in out) > 1]:
         raise DelveError(f"{twice[0]}: named twice; name it once, with a weight if need be")
     return out
+
+
+def _weights(file: Path) -> dict[str, float]:
+    """{part: weight} of a prepared mixture."""
+    weights = read_json(file).get("weights")
+    given = weights.values() if isinstance(weights, dict) else ()
+    if not given or not all(isinstance(w, int | float) and w > 0 for w in given):
+        raise DelveError(
+            f"{file}: field 'weights' must give each part a number above 0; prepare it again "
+            "(--overwrite)"
+        )
+    return weights
 
 
 def text_hashes(items: Sequence[str | Path]) -> dict[str, str]:
@@ -309,7 +326,11 @@ def text_hashes(items: Sequence[str | Path]) -> dict[str, str]:
 
 def _folder_part(path: Path, weight, tokenizer_json: str | None, window: int) -> _Part:
     files: TokenFiles = open_tokens(path)
-    if not same_tokenizer(files.tokenizer_json, tokenizer_json):
+    try:
+        same = same_ids(files.tokenizer_json, tokenizer_json)
+    except DelveError as err:
+        raise DelveError(f"{path}: {err}") from None
+    if not same:
         raise DelveError(
             f"{path}: was prepared with another tokenizer than the model's; prepare it again with "
             "the tokenizer.json beside the model's weights"

@@ -100,16 +100,18 @@ def open_tokens(path: str | Path) -> TokenFiles:
     manifest = read_json(path / MANIFEST)
     try:
         dtype = DTYPES[manifest["dtype"]]
-        rows = [(path / s["file"], int(s["tokens"])) for s in manifest["shards"]]
+        rows = [(path / s["file"], int(s["tokens"]), s["sha256"]) for s in manifest["shards"]]
         tokens, _, name = manifest["tokens"], manifest["eot"], manifest["tokenizer"]["file"]
+        if type(manifest["max_id"]) is not int:
+            raise TypeError("'max_id'")
     except (KeyError, TypeError, ValueError) as err:
         raise DelveError(f"{path / MANIFEST}: field {err} is missing or wrong") from None
-    if tokens != sum(count for _, count in rows):
+    if tokens != sum(count for _, count, _ in rows):
         raise DelveError(f"{path / MANIFEST}: 'tokens' is {tokens}, its shards have another sum")
     if name and not (path / name).is_file():
         raise DelveError(f"{path / name}: the tokenizer is gone{_AGAIN}")
     shards, starts = [], [0]
-    for file, count in rows:
+    for file, count, _ in rows:
         size = file.stat().st_size if file.is_file() else None
         if size != (want := count * dtype.itemsize):
             state = "is gone" if size is None else f"has {size} bytes"

@@ -20,7 +20,10 @@ def recipe(
 ) -> dict:
     """The whole configuration at a budget; width by the T* rule, or the one given."""
     out = recipes.read(recipe).config(flops, hidden, batch)
-    return out if recipe is None else out | {"recipe": str(recipe)}
+    if recipe is None:
+        return out
+    # what `out` has is rounded to whole steps: another budget for a sweep
+    return out | {"recipe": str(recipe), "asked": {"flops": flops, "batch": batch}}
 
 
 def fit(points: str) -> dict:
@@ -108,8 +111,10 @@ def _recipe(r: dict) -> str:
         f"delve train delphi-{r['hidden']} DST --data TOKENS "
         + " ".join(f"{k} {v}" for k, v in flags.items())
         if rules == recipes.DELPHI
-        else f"delve delphi sweep DST --recipe {r['recipe']} --flops {r['flops']:g} --hidden "
-        f"{r['hidden']} --data TOKENS --report-text TEXT",
+        else f"delve delphi sweep DST --recipe {r['recipe']} --flops {r['asked']['flops']} "
+        f"--hidden {r['hidden']} "
+        + (f"--batch {r['asked']['batch']} " if r["asked"]["batch"] else "")
+        + "--data TOKENS --report-text TEXT",
     ])  # fmt: skip
 
 
@@ -146,6 +151,8 @@ def _fit(r: dict) -> str:
                     f"L(N, D) ({name}): E {p['E']:.4f}, A {p['A']:.4g}, B {p['B']:.4g}, "
                     f"alpha {p['alpha']:.4f}, beta {p['beta']:.4f}"
                 )
+            else:
+                lines.append(f"L(N, D) ({name}): none, {p['failed']}")
     if v["of"]:
         lines.append(
             f"leaving the largest budgets out: {v['of']} forecasts, error rms {v['rms_error']:.2%},"

@@ -204,6 +204,20 @@ def grow(cfg: Config, state: dict, n: int) -> dict:
     return attention.grow(state, n) if "valid_BS" in state else state
 
 
+def begun(cfg: Config, state: dict) -> jax.Array:
+    """[B] whether a recurrent stream has read a token of the row: then padding would be one more.
+
+    What its first layer keeps of the last inputs is zero before (attention masks padding out).
+    """
+    if cfg.family == "delve":
+        return jnp.stack([begun(sub, state[name]) for name, sub in cfg.streams]).any(0)
+    kept = [a[0] for n, a in state["layers"].items() if n in ("conv", "ssm", "att_shift")]
+    out_B = jnp.zeros(jax.tree.leaves(state["layers"])[0].shape[1], bool)
+    for a in kept:
+        out_B |= (a != 0).reshape(len(out_B), -1).any(1)
+    return out_B
+
+
 def _init_parent(cfg: ParentConfig, key: jax.Array) -> dict:
     """Random parameters of one parent, layers stacked."""
     fam = FAMILY[cfg.family]

@@ -88,7 +88,10 @@ def heard(cfg: DelveConfig, p: dict, h: dict, present_BTK=None) -> dict:
     """
     said = {n: rms(h[n]) @ p[n]["a"].astype(h[n].dtype) for n in cfg.names}
     if present_BTK is not None:
-        said = {n: z * present_BTK[..., k, None] for k, (n, z) in enumerate(said.items())}
+        said = {  # in their own dtype: a float32 mask would widen every stream from here on
+            n: z * present_BTK[..., k, None].astype(z.dtype)
+            for k, (n, z) in enumerate(said.items())
+        }
     total_BTr = sum(said.values())
     of = {
         "hub": lambda n: total_BTr, "cross": lambda n: total_BTr - said[n], "self": said.get,

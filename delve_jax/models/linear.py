@@ -231,6 +231,7 @@ class Linear(nn.Module):
     factored: Factored | None = None
     use_bias: bool = False
     initial: Callable = nn.initializers.normal(0.02)
+    out: jnp.dtype | None = None  # of the sum with the bias; None: that of x
 
     @nn.compact
     def __call__(self, x):
@@ -251,11 +252,11 @@ class Linear(nn.Module):
                 sums["inputs"] = jnp.matmul(x_NI.T, x_NI, precision=HIGHEST)
             for name, value in sums.items():
                 self.variable("moments", name, lambda: None).value = value
-        return (
-            y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
-            if self.use_bias
-            else y
-        )
+        if not self.use_bias:
+            return y
+        out = x.dtype if self.out is None else self.out
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return y.astype(out) + bias.astype(out)
 
 
 class Table(nn.Module):

@@ -44,8 +44,8 @@ class Block(nn.Module):
     def __call__(self, x_BTD, state, ctx):
         cfg = self.cfg
         e_dim, n_dim, r_dim = cfg.d_inner, cfg.d_state, cfg.dt_rank
-        lin = lambda name, features, bias=False, scale=0.02: Linear(  # noqa: E731
-            features, cfg.factored(name), bias, nn.initializers.normal(scale), name=name
+        lin = lambda name, features, bias=False, scale=0.02, out=None: Linear(  # noqa: E731
+            features, cfg.factored(name), bias, nn.initializers.normal(scale), out, name=name
         )
         # padded positions must not enter the convolution or the state: zero them on both sides
         mask = ctx["mask_BT"]
@@ -67,7 +67,8 @@ class Block(nn.Module):
         dt, B_BTN, C_BTN = jnp.split(
             lin("x_proj", r_dim + 2 * n_dim)(u_BTE), [r_dim, r_dim + n_dim], axis=-1
         )
-        dt_BTE = jax.nn.softplus(wide(lin("dt_proj", e_dim, True, r_dim**-0.5)(dt)))
+        wide_sum = at_least_f32(dt.dtype)  # of the bias, which is kept wide
+        dt_BTE = jax.nn.softplus(lin("dt_proj", e_dim, True, r_dim**-0.5, wide_sum)(dt))
         A_log = self.param("A_log", _init_a_log, (e_dim, n_dim))
         D_E = self.param("D", nn.initializers.ones, (e_dim,))
         y_BTE, ssm = selective_scan(

@@ -95,13 +95,23 @@ def _fetch(src: str, repo: str, revision: str | None) -> Path:
             return Path(fetch(repo, local_files_only=True, **pinned))
         for pattern in _FORMATS:
             if weights := [n for n in names if re.fullmatch(pattern, n)]:
-                return Path(fetch(repo, allow_patterns=[*_KEEP, *weights], **pinned))
+                folder = Path(fetch(repo, allow_patterns=[*_KEEP, *weights], **pinned))
+                return _with_code(folder, repo, fetch)
     except Exception as err:
         reason = " ".join(str(err).split())[:160]
         raise DelveError(
             f"{src}: no such directory, and the hub does not give it ({reason})"
         ) from None
     raise DelveError(f"{src}: no model*.safetensors and no pytorch_model*.bin in the repository")
+
+
+def _with_code(folder: Path, repo: str, fetch) -> Path:
+    """The snapshot, with its Python files where its config names some (`evaluate.hf_scorer` reads
+    them, and decides what may run)."""
+    config = folder / "config.json"
+    if not config.is_file() or b'"auto_map"' not in config.read_bytes():
+        return folder
+    return Path(fetch(repo, revision=commit(folder), allow_patterns=["*.py"]))
 
 
 def commit(path: str | Path) -> str | None:

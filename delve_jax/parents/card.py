@@ -19,6 +19,7 @@ from ..config import Config, DelveError, ParentConfig
 from .stock import FAMILIES, dense_parents
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+TRANSFORMERS = "transformers>=5.23,<5.25"  # of remote/modeling_delve.py; as in requirements.txt
 METRICS = {"bits_per_byte": "bits per byte", "nll_per_token": "nats per token"}
 LORA = """\
 The linears are low-rank already, so name their inner maps: `target_modules=["u", "v"]` (a name such
@@ -123,16 +124,20 @@ def _summary(cfg: Config, facts: dict, lineage: Sequence[dict]) -> str:
 
 def _start(cfg: Config, remote: bool) -> str:
     trust = ", trust_remote_code=True" if remote else ""
-    note = "\n\nIts code stands in this directory; read it before you trust it." if remote else ""
-    return (
+    note = (
+        "\n\nIts code stands in this directory; read it before you trust it. It needs "
+        f"`{TRANSFORMERS}`, the versions that it was tried with."
+    )
+    code = (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'name = "."  # this directory, or its hub id\n'
         f"model = AutoModelForCausalLM.from_pretrained(name{trust})\n"
         f"tokenizer = AutoTokenizer.from_pretrained(name{trust})\n"
         'inputs = tokenizer("The residual stream", return_tensors="pt", '
         "return_token_type_ids=False)\n"
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))\n```" + note
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))\n```"
     )
+    return code + note if remote else code
 
 
 def _made_of(cfg: Config, lineage: Sequence[dict]) -> str:

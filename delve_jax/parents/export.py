@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import shutil
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import arrays, checkpoint
 from ..config import Config, DelveConfig, DelveError, ParentConfig, read_json, to_json
 from ..models.delve import whole
 from . import card
@@ -172,6 +174,7 @@ def _hf_config(cfg: DelveConfig, layout: str, dtype: str, ids: dict) -> dict:
         "number_of_conv_states": 2,
         "max_position_embeddings": cfg.context_length,
         "tie_word_embeddings": False,
+        "transformers_version": importlib.metadata.version("transformers"),
         **ids,
         **fields,
     }
@@ -233,8 +236,11 @@ def verify_hf(folder: Path, cfg: Config, params: dict, rows: int = 2, length: in
 
 def _fingerprint(src: Path, layout: str, results: Sequence[dict]) -> dict:
     """What identifies an export: same source, unchanged, same layout, same results on its card."""
-    config = src / "config.json"
-    digest = hashlib.sha256(config.read_bytes() + json.dumps(list(results)).encode())
+    config = checkpoint._home(src) / "config.json"
+    # of a run under way the config stays, while its newest state becomes another one
+    sums = checkpoint._params_of(src)[0] / arrays.SUMS
+    stored = sums.read_bytes() if sums.is_file() else b""  # without sums it is refused later
+    digest = hashlib.sha256(config.read_bytes() + stored + json.dumps(list(results)).encode())
     stamp = config.stat().st_mtime_ns
     return {"source": src.name, "config": digest.hexdigest()[:16], "stamp": stamp,
             "layout": layout}  # fmt: skip
@@ -255,7 +261,7 @@ def export_hf(
     returned: verified, max_abs_diff, max_abs_logit, files, parameters, layout, path. DelveError: no
     checkpoint at SRC, DST taken, a stream without a PyTorch block, logits that differ.
     """
-    from .. import checkpoint, lineage, models
+    from .. import lineage, models
     from ..compress import storage
 
     src, dst = Path(src), Path(dst)
@@ -282,7 +288,7 @@ def export_hf(
         facts = _check(partial, dst, cfg, params, layout, verify)
         facts["parameters"] = models.count(cfg) if layout == "factored" else facts["stored"]
         facts.pop("stored")
-        steps = lineage.read(src)
+        steps = lineage.read(checkpoint._home(src))
         if steps:
             _write_json(partial / lineage.FILE, {"steps": steps})
         text = card.write(cfg, facts, steps, results)

@@ -148,6 +148,8 @@ def describe(path: Path) -> tuple[Source, ParentConfig, str | None]:
         tied = _same(source, table.name, family.HEAD)
         if tied:
             del source.tensors[family.HEAD]
+        else:  # the config that is handed on says what is so: `dense_parents` reads it
+            text = json.dumps({**raw, "tie_word_embeddings": False})
     stored = Fields(raw, where).get("vocab_size", int)
     valid = stored
     if tokenizer is not None:

@@ -6,11 +6,17 @@ S keys, D width, E Mamba inner, N state, A RWKV attention, H heads, h head width
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
+
+if not hasattr(transformers.DynamicCache, "get_recurrent_state"):
+    found = transformers.__version__
+    raise ImportError(f"a DELVE needs transformers 5.23 or 5.24; this is transformers {found}")
+
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -38,19 +44,40 @@ class LowRank(nn.Module):
         return self.u(self.v(x))
 
 
+# Weights are read in the forward of the module that has them and nowhere else: where a model is
+# spread over devices or the disk, accelerate puts them in place for that call only.
+
+
+class Table(nn.Embedding):
+    """Rows of ids; of features their products with all rows, the logits of a tied head."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight) if x.is_floating_point() else super().forward(x)
+
+
+class Up(nn.Module):
+    """x W^T, and x W on the way back: no nn.Linear, whose weight is packed where quantised."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(d_out, d_in))
+
+    def forward(self, x, back=False):
+        return x @ self.weight if back else F.linear(x, self.weight)
+
+
 class LowRankTable(nn.Module):
-    """Vocabulary table [V, D] = table [V, r] times up^T [r, D]: an embedding, and its transpose."""
+    """Vocabulary table [V, D] = table [V, r] times up^T [r, D], read both ways like `Table`."""
 
     def __init__(self, rows, d_model, rank):
         super().__init__()
-        self.table = nn.Embedding(rows, rank)
-        self.up = nn.Linear(rank, d_model, bias=False)
+        self.table = Table(rows, rank)
+        self.up = Up(rank, d_model)
 
-    def forward(self, ids):
-        return self.up(self.table(ids))
-
-    def logits(self, f):
-        return (f @ self.up.weight) @ self.table.weight.T
+    def forward(self, x):
+        if x.is_floating_point():
+            return self.table(self.up(x, back=True))
+        return self.up(self.table(x))
 
 
 class LowRankHead(nn.Module):
@@ -118,6 +145,12 @@ class Step:
     mask_B1TS: torch.Tensor | None = None  # True where a query may look; None: plain causal
     rotary: tuple | None = None  # cos, sin [B, 1, T, r]
 
+    def to(self, device, **kwargs):
+        """What accelerate calls before a layer that has a device of its own."""
+        tensors = self.pad_BT1, self.mask_B1TS, *(self.rotary or ())
+        pad, mask, *rotary = (x if x is None else x.to(device, **kwargs) for x in tensors)
+        return replace(self, pad_BT1=pad, mask_B1TS=mask, rotary=tuple(rotary) or None)
+
     def zero_padding(self, x_BTC):
         """A padded position must look like "before the text": its inputs are zero."""
         return x_BTC if self.pad_BT1 is None else x_BTC.masked_fill(self.pad_BT1, 0)
@@ -149,6 +182,11 @@ class Step:
         """Store a block's recurrent state, if there is a cache."""
         if self.cache is not None:
             self.cache.update_recurrent_state(state, index)
+
+
+def right_padded(real_BT):
+    """Whether padding follows text, which a recurrent state cannot skip."""
+    return bool((real_BT[:, :-1] & ~real_BT[:, 1:]).any())
 
 
 def routed(ffn, weight_BT1, h_BTD, *more):
@@ -399,7 +437,7 @@ class Expert(nn.Module):
         elif rank["embed"]:
             self.embed = LowRankTable(rows, d, rank["embed"])
         else:
-            self.embed = nn.Embedding(rows, d)
+            self.embed = Table(rows, d)
         if family == "rwkv":
             self.ln0 = Norm(d, eps)
             eps = 1e-5  # the final norm of RWKV-4 ignores the config
@@ -419,7 +457,13 @@ class Expert(nn.Module):
     def start(self, ids, codes):
         """x_BTD in float32: the residual streams stay there in every dtype of the weights."""
         x = self.embed(codes if "embed" in self.shared else ids)
-        return (self.ln0(x) if self.cfg["family"] == "rwkv" else x).float()
+        x = (self.ln0(x) if self.cfg["family"] == "rwkv" else x).float()
+        # a reentrant checkpoint hands gradients on only where an input asks for one
+        return x.requires_grad_() if self.checkpointing() else x
+
+    def checkpointing(self):
+        """Whether layers run again in the backward pass."""
+        return self.training and any(block.gradient_checkpointing for block in self.layers)
 
     def logits(self, f, codes_head=None):
         """float32 logits of this stream alone, over the valid ids of its table."""
@@ -427,10 +471,8 @@ class Expert(nn.Module):
             out = codes_head(self.head(f))
         elif not self.cfg["tie_embeddings"]:
             out = self.head(f)
-        elif isinstance(self.embed, LowRankTable):
-            out = self.embed.logits(f)
         else:
-            out = F.linear(f, self.embed.weight)
+            out = self.embed(f)
         return out[..., : self.cfg["vocab_size"]].float()
 
     def angles(self, position_ids):
@@ -460,15 +502,16 @@ class Hub(nn.Module):
             self.skip_v = nn.Parameter(torch.zeros(joints, rank))
             self.skip_c = nn.Parameter(torch.zeros(joints))
 
-    def read(self, h, joint):
-        a = self.a[joint]
-        return rms(h).to(a.dtype) @ a
-
-    def write(self, z, joint):
-        return self.sigma[joint].float() * ((self.g[joint] * z) @ self.b[joint]).float()
+    def forward(self, x, joint, write=False):
+        """What the stream says, of its h; `write`: what is added to h, of the z that it heard, and
+        its tokens' FFN weights up to the next joint, [B, T, 1] float32 (None without a router)."""
+        if not write:
+            a = self.a[joint]
+            return rms(x).to(a.dtype) @ a
+        y = self.sigma[joint].float() * ((self.g[joint] * x) @ self.b[joint]).float()
+        return y, self.weights(x, joint)
 
     def weights(self, z, joint):
-        """Of the FFNs up to the next sync point [B, T, 1] float32, or None without a router."""
         if not self.skip:
             return None
         v, c = self.skip_v[joint].float(), self.skip_c[joint].float()
@@ -486,7 +529,7 @@ class Gate(nn.Module):
         self.w2 = nn.Linear(hidden, outputs, bias=False)
 
     def forward(self, features):
-        dtype = self.w1.weight.dtype
+        dtype = features[0].dtype  # not of the weights, which are integers where quantised
         parts = [p(rms(f).to(dtype)) for p, f in zip(self.p, features, strict=True)]
         return self.w2(F.silu(self.w1(torch.cat(parts, -1)))).float()
 
@@ -512,14 +555,14 @@ class DelvePreTrainedModel(PreTrainedModel):
     _is_stateful = True  # recurrent states cannot be cropped: no assisted generation
     _can_compile_fullgraph = False
     _supports_sdpa = True
-    _no_split_modules = ["MambaBlock", "RwkvBlock", "NeoxBlock"]
+    _no_split_modules = ["MambaBlock", "RwkvBlock", "NeoxBlock", "Hub", "Gate"]
     _keep_in_fp32_modules_strict = ["A_log", r"\.D$", "time_decay", "time_first", "pool"]
 
     @torch.no_grad()
     def _init_weights(self, module):
         """Fresh weights for `from_config`; checkpoints overwrite them all."""
         std, init = self.config.initializer_range, nn.init
-        if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d)):
+        if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d, Up)):
             init.normal_(module.weight, std=std)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
@@ -590,6 +633,11 @@ class DelveForCausalLM(DelvePreTrainedModel, GenerationMixin):
         )
         self.post_init()
 
+    @property
+    def dtype(self):
+        """Of most weights; the first of all, the pool, is float32 in every dtype of the rest."""
+        return self.streams[0].norm_f.weight.dtype
+
     def pools_mixed(self):
         """Whether the head is a mixture of log-linear pools."""
         return 1 < self.config.latents < len(self.config.streams)
@@ -600,6 +648,9 @@ class DelveForCausalLM(DelvePreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value):
         raise NotImplementedError("a DELVE has one vocabulary table per stream: streams[k].embed")
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        raise NotImplementedError("each stream of a DELVE has its own tables; they keep their size")
 
     def get_output_embeddings(self):
         return None  # the pooled head is no single matrix
@@ -634,8 +685,7 @@ class DelveForCausalLM(DelvePreTrainedModel, GenerationMixin):
             real = attention_mask.bool()
             if real.all():
                 real = None
-            elif cache is not None and (real[:, :-1] & ~real[:, 1:]).any():
-                # a recurrent state cannot skip over padding that follows text
+            elif cache is not None and right_padded(real):
                 raise ValueError("with a cache, padding must be on the left (padding_side='left')")
         if position_ids is None:
             if real is None:
@@ -661,10 +711,10 @@ class DelveForCausalLM(DelvePreTrainedModel, GenerationMixin):
         weights = [None] * len(h)
         for s in range(self.config.n_superblocks):
             if s > 0 and self.config.connectors != "none":
-                said = [hub.read(x, s - 1) for hub, x in zip(self.hub, h, strict=True)]
-                heard = self.heard(said)
-                h = [x + hub.write(z, s - 1) for hub, x, z in zip(self.hub, h, heard, strict=True)]
-                weights = [hub.weights(z, s - 1) for hub, z in zip(self.hub, heard, strict=True)]
+                said = [hub(x, s - 1).to(h[0].device) for hub, x in zip(self.hub, h, strict=True)]
+                for k, (hub, z) in enumerate(zip(self.hub, self.heard(said), strict=True)):
+                    y, weights[k] = hub(z, s - 1, write=True)
+                    h[k] = h[k] + y.to(h[k].device)
             for k, expert in enumerate(self.streams):
                 for block in expert.layers[bounds[k][s] : bounds[k][s + 1]]:
                     h[k] = block(h[k], weights[k], steps[k])
@@ -682,27 +732,29 @@ class DelveForCausalLM(DelvePreTrainedModel, GenerationMixin):
         n, latents = len(self.streams), self.config.latents
         head = self.codes["head"] if "head" in self.config.codes else None
         delta = self.gate(features) if self.config.gate_proj else features[0].new_zeros(n + latents)
-        delta, weight = delta.float(), self.pool.float()
+        device, wide = features[0].device, torch.float32  # streams may have devices of their own
+        delta, weight = delta.to(device, wide), self.pool.to(device, wide)
         if 1 < latents == n:
             log_w = torch.log_softmax(weight + delta[..., :n], -1)
             out = None
             for k, (expert, f) in enumerate(zip(self.streams, features, strict=True)):
-                log_p = log_w[..., k, None] + torch.log_softmax(expert.logits(f, head), -1)
+                log_p = torch.log_softmax(expert.logits(f, head).to(device), -1)
+                log_p = log_w[..., k, None] + log_p
                 out = log_p if out is None else torch.logaddexp(out, log_p)
             return out
         weight = weight.view(-1, n) * torch.exp(2 * torch.tanh(delta[..., None, :n] / 2))
         own = [
-            expert.head(f).float() if head is not None else expert.logits(f)
+            (expert.head(f) if head is not None else expert.logits(f)).to(device, wide)
             for expert, f in zip(self.streams, features, strict=True)
         ]
         parts = [
             sum(weight[..., j, k, None] * x for k, x in enumerate(own)) for j in range(latents)
         ]
         if head is not None:  # codes were pooled: one product with the long side a latent
-            parts = [head(z.to(head.weight.dtype)).float() for z in parts]
+            parts = [head(z.to(features[0].dtype)).to(device, wide) for z in parts]
         if latents == 1:
             return parts[0]
-        log_pi = torch.log_softmax(self.pool_log_pi.float() + delta[..., n:], -1)
+        log_pi = torch.log_softmax(self.pool_log_pi.to(device, wide) + delta[..., n:], -1)
         terms = [log_pi[..., j, None] + torch.log_softmax(x, -1) for j, x in enumerate(parts)]
         return torch.logsumexp(torch.stack(terms), 0)
 
@@ -729,9 +781,10 @@ class DelveForCausalLM(DelvePreTrainedModel, GenerationMixin):
             raise ValueError("input_ids are needed: each stream has its own embedding table")
         if use_cache is None:
             use_cache = self.config.use_cache and labels is None and not self.training
+            if attention_mask is not None and right_padded(attention_mask.bool()):
+                use_cache = False
         cache = past_key_values if cache is None else cache
-        blocks = (block for expert in self.streams for block in expert.layers)
-        if self.training and any(block.gradient_checkpointing for block in blocks):
+        if any(expert.checkpointing() for expert in self.streams):
             use_cache, cache = False, None  # a layer that runs twice would write its state twice
         if use_cache and cache is None:
             kind = DynamicCache if self.attention_index is not None else RecurrentCache
