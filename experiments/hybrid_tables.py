@@ -110,10 +110,9 @@ def hybrid_pair() -> str:
         "nats",
         "minus dense rwkv, 95 %",
     )
-    longer = [f"`{how}` {n:,}" for how, n in r["longer"].items() if any(how in c for c in cells)]
     return "\n".join([
         f"Nats per token on {r['scored_tokens']:,} report tokens; {r['healing_tokens']:,} tokens "
-        f"of healing, {' and '.join(longer)}; {RESAMPLED}:", "", *_table(head, rows),
+        f"of healing, `longer` {r['longer']:,}; {RESAMPLED}:", "", *_table(head, rows),
     ])  # fmt: skip
 
 
