@@ -78,16 +78,11 @@ def in_two_processes(*argv) -> None:
 def test_two_processes_heal_a_hybrid(place, tmp_path):
     """As one does, to the end: the facts of it are read by one of them, which waits for nobody.
 
-    Without teachers: of these several processes take an even pool, one fits it. Two streams of one
-    family: each process traces them.
+    Without teachers: of these several processes take an even pool, one fits it.
     """
-    shutil.copytree(place / "neo", tmp_path / "twin")
-    argv = ("fuse", place / "neo", tmp_path / "twin", tmp_path / "fused", "--calibrate",
-            place / "fit.txt", "--calibrate-tokens", 512)  # fmt: skip
-    assert cli.main(list(map(str, argv))) == 0
     flags = ("--data", place / "fit.txt", *HEAL, "--objective", "ce")
-    in_two_processes("heal", tmp_path / "fused", tmp_path / "two", *flags, "--mesh", "data=2")
-    assert cli.main([*map(str, ("heal", tmp_path / "fused", tmp_path / "one", *flags))]) == 0
+    in_two_processes("heal", place / "fused", tmp_path / "two", *flags, "--mesh", "data=2")
+    assert cli.main([*map(str, ("heal", place / "fused", tmp_path / "one", *flags))]) == 0
     two, one = (
         [row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row]
         for name in ("two", "one")
