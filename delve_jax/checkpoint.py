@@ -9,6 +9,7 @@ shared file system.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -141,7 +142,7 @@ def _is_state(path: Path) -> bool:
     return path.name.isdigit() and path.parent.name == "state" and path.is_dir()
 
 
-def _home(src: str | Path) -> Path:
+def home_of(src: str | Path) -> Path:
     """Where config.json and the tokenizer stand: beside the parameters, or with the run."""
     src = Path(src)
     return src.parent.parent if _is_state(src) else src
@@ -149,7 +150,7 @@ def _home(src: str | Path) -> Path:
 
 def load_config(src: str | Path) -> Config:
     """The config of a checkpoint directory."""
-    src = _home(src)
+    src = home_of(src)
     _mend(src)
     if not src.is_dir():
         raise DelveError(f"{src}: no such checkpoint directory")
@@ -158,7 +159,7 @@ def load_config(src: str | Path) -> Config:
 
 def load_tokenizer(src: str | Path) -> str | None:
     """tokenizer.json of a checkpoint as text, None where it has none."""
-    file = _home(src) / "tokenizer.json"
+    file = home_of(src) / "tokenizer.json"
     return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
@@ -170,7 +171,7 @@ def restore(src: str | Path, mesh=None, dtype: str | None = None) -> tuple[Confi
     """
     from . import models
 
-    cfg, (path, part) = load_config(src), _params_of(Path(src))
+    cfg, (path, part) = load_config(src), params_of(Path(src))
     tree = part(arrays.shapes(path))
     _check_fit(src, cfg, tree)
     tree = models.cast(tree, dtype) if dtype else tree
@@ -208,7 +209,7 @@ def layerwise(src: str | Path) -> dict | None:
     return out
 
 
-def _params_of(src: Path):
+def params_of(src: Path):
     """(directory of the tree that holds the parameters, how they stand in it)."""
 
     def whole(tree, wrap=False):
@@ -224,12 +225,23 @@ def _params_of(src: Path):
     return src / "params", whole
 
 
+def fingerprint(src: str | Path) -> str:
+    """A hash of what stands at SRC: its config.json and the checksums of its arrays.
+
+    Of a run under way the config stays, while its newest state becomes another one. Without sums
+    (a Hugging Face directory, a damaged checkpoint) it is the config's alone.
+    """
+    config, sums = home_of(src) / "config.json", params_of(Path(src))[0] / arrays.SUMS
+    found = [file.read_bytes() for file in (config, sums) if file.is_file()]
+    return hashlib.sha256(b"".join(found)).hexdigest()
+
+
 def restore_part(src: str | Path, name: str):
     """One top-level subtree of the parameters (the pool of a DELVE, say) without the rest: NumPy.
 
     Unlike `restore`, which waits for all processes, one of them may call it alone.
     """
-    path, part = _params_of(Path(src))
+    path, part = params_of(Path(src))
     tree = part({name: part(arrays.shapes(path))[name]}, wrap=True)
     read = arrays.read(path, [name for name, _ in arrays.named(tree)])
     return part(jax.tree.unflatten(jax.tree.structure(tree), read))[name]

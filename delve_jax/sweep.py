@@ -11,16 +11,25 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import hashlib
 import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import data, evaluate, lm, metrics, models, parallel, parents, presets, road, training
-from .arrays import SUMS
-from .checkpoint import load_config
+from . import (
+    checkpoint,
+    data,
+    evaluate,
+    lm,
+    metrics,
+    models,
+    parallel,
+    parents,
+    presets,
+    road,
+    training,
+)
 from .config import Config, DelveError, read_json, write_json
 from .delphi import recipe as recipes
 from .delphi.recipe import Candidate, Recipe
@@ -161,7 +170,7 @@ def _check_older(dst: Path, rules: Recipe | None, given: dict) -> None:
         if "window" in read_json(file):
             continue
         T = read_json(folder / ("train.json" if rules else "heal.json"))["window"]
-        window = min(load_config(folder).context_length, evaluate.WINDOW)
+        window = min(checkpoint.load_config(folder).context_length, evaluate.WINDOW)
         if T != window:
             raise DelveError(f"{folder}: was scored on windows of {window} tokens and has rows of "
                              f"{T}; name another DST")  # fmt: skip
@@ -282,7 +291,7 @@ def _healings(sources, tokens, seeds, given, text, mesh) -> list[Job]:
                     "batch_size": settings.batch, "hidden": _width(cfg), "layers": _depth(cfg),
                     "seed": seed, "keep": round(params / sum(map(models.count, dense)), 4),
                     "train_flops": spent, "lr": settings.peak, "window": T, "src": str(src),
-                    "src_hash": _fingerprint(src),
+                    "src_hash": checkpoint.fingerprint(parents.resolve(src)),
                 }  # fmt: skip
 
                 def make(folder, src=src, settings=settings):
@@ -290,15 +299,6 @@ def _healings(sources, tokens, seeds, given, text, mesh) -> list[Job]:
 
                 jobs.append(Job(f"{road.name_of(src)}-{N}-s{seed}", make, facts))
     return jobs
-
-
-def _fingerprint(src) -> str:
-    """A hash of a checkpoint's configuration and of its arrays' checksums."""
-    folder, digest = parents.resolve(src), hashlib.sha256()
-    for file in (folder / "config.json", folder / "params" / SUMS):
-        if file.is_file():  # a run under way has no sums yet
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def _width(cfg: Config) -> int:

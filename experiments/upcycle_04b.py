@@ -13,7 +13,7 @@ TPU v5e, a slice of 8 chips on one host:
 
 Planned bytes of a device, and healing's time and cost (results/tiers.json):
 
-    fusion: 9.9 GiB a device
+    fusion: 3.8 GiB a device
     1 x h200, data=1, batch 32: 27.5 GiB of 131.3 GiB; 200 M tokens in 2.1 h, $7
     8 x v5e, data=8, batch 32: 5.3 GiB of 14.9 GiB; 200 M tokens in 1.3 h, $13
     decode data=1: 1.8 GiB a device (3.6 GiB if XLA first converts all weights)

@@ -18,7 +18,7 @@ the second line on every host, the others on the CPU of one):
 
 Planned bytes of a device, and healing's time and cost (results/tiers.json):
 
-    fusion: 19.6 GiB a device
+    fusion: 11.1 GiB a device
     1 x h200, data=1, batch 16: 76.8 GiB of 131.3 GiB; 400 M tokens in 18.3 h, $64
     16 x v5e, data=16, batch 32: 11.0 GiB of 14.9 GiB; 400 M tokens in 5.7 h, $110
     decode data=1: 7.5 GiB a device (15.1 GiB if XLA first converts all weights)

@@ -28,7 +28,7 @@ others on the CPU of one):
 
 Planned bytes of a device, and healing's time and cost (results/tiers.json):
 
-    fusion: 46.6 GiB a device
+    fusion: 40.8 GiB a device
     4 x h200, data=4, batch 32: 87.8 GiB of 131.3 GiB; 1,000 M tokens in 48.1 h, $673
     1 x h200, data=1, batch 32: 321.6 GiB of 131.3 GiB; does not fit
     1 x h200, data=1, batch 8, keep 0.25, ce: 105.7 GiB of 131.3 GiB; 1,000 M tokens in 54.7 h, $191

@@ -190,13 +190,8 @@ def _read_config(src: Path) -> DelveConfig:
     if data.get("model_type") != "delve":
         raise DelveError(f"{src}/config.json: model_type is not 'delve'")
     names = {field.name for field in dataclasses.fields(DelveConfig)}
-    try:
-        return from_json(
-            {"family": "delve", **{k: v for k, v in data.items() if k in names}},
-            str(src / "config.json"),
-        )
-    except (KeyError, AttributeError, ValueError) as err:
-        raise DelveError(f"{src}/config.json: field 'streams' is damaged ({err})") from None
+    fields = {"family": "delve", **{k: v for k, v in data.items() if k in names}}
+    return from_json(fields, str(src / "config.json"))
 
 
 def _placer(abstract: dict, mesh):

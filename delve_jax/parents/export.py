@@ -18,8 +18,16 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import arrays, checkpoint
-from ..config import Config, DelveConfig, DelveError, ParentConfig, read_json, to_json
+from .. import checkpoint
+from ..config import (
+    Config,
+    DelveConfig,
+    DelveError,
+    ParentConfig,
+    read_json,
+    to_json,
+    write_json,
+)
 from ..models.delve import whole
 from . import card
 from .delve import entries, leaf_at, leaves, read_exported_delve
@@ -112,11 +120,7 @@ def write_tokenizer(folder: Path, tokenizer_json: str, ids: dict, context_length
         "clean_up_tokenization_spaces": False,
         **{k.removesuffix("_id"): added[v] for k, v in ids.items() if v in added},
     }
-    _write_json(folder / "tokenizer_config.json", config)
-
-
-def _write_json(path: Path, data: dict) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", config, indent=2)
 
 
 def _write_tensors(folder: Path, cfg: DelveConfig, params: dict) -> None:
@@ -146,7 +150,7 @@ def _write_tensors(folder: Path, cfg: DelveConfig, params: dict) -> None:
         save_file(tensors, folder / name, metadata={"format": "pt"})
     if len(shards) > 1:
         data = {"metadata": {"total_size": total}, "weight_map": index}
-        _write_json(folder / "model.safetensors.index.json", data)
+        write_json(folder / "model.safetensors.index.json", data, indent=2)
 
 
 def _hf_config(cfg: DelveConfig, layout: str, dtype: str, ids: dict) -> dict:
@@ -189,8 +193,8 @@ def _write_delve(folder: Path, cfg, params, layout: str, tokenizer_json: str | N
     if layout == "dense":
         cfg, params = densify(cfg, params)
     ids = _special_ids(cfg, tokenizer_json)
-    _write_json(folder / "config.json", _hf_config(cfg, layout, _dtype(params), ids))
-    _write_json(folder / "generation_config.json", {**ids, "use_cache": True})
+    write_json(folder / "config.json", _hf_config(cfg, layout, _dtype(params), ids), indent=2)
+    write_json(folder / "generation_config.json", {**ids, "use_cache": True}, indent=2)
     _write_tensors(folder, cfg, params)
     for source in sorted(REMOTE.glob("*_delve.py")):
         shutil.copyfile(source, folder / source.name)
@@ -236,12 +240,8 @@ def verify_hf(folder: Path, cfg: Config, params: dict, rows: int = 2, length: in
 
 def _fingerprint(src: Path, layout: str, results: Sequence[dict]) -> dict:
     """What identifies an export: same source, unchanged, same layout, same results on its card."""
-    config = checkpoint._home(src) / "config.json"
-    # of a run under way the config stays, while its newest state becomes another one
-    sums = checkpoint._params_of(src)[0] / arrays.SUMS
-    stored = sums.read_bytes() if sums.is_file() else b""  # without sums it is refused later
-    digest = hashlib.sha256(config.read_bytes() + stored + json.dumps(list(results)).encode())
-    stamp = config.stat().st_mtime_ns
+    digest = hashlib.sha256((checkpoint.fingerprint(src) + json.dumps(list(results))).encode())
+    stamp = (checkpoint.home_of(src) / "config.json").stat().st_mtime_ns
     return {"source": src.name, "config": digest.hexdigest()[:16], "stamp": stamp,
             "layout": layout}  # fmt: skip
 
@@ -288,13 +288,13 @@ def export_hf(
         facts = _check(partial, dst, cfg, params, layout, verify)
         facts["parameters"] = models.count(cfg) if layout == "factored" else facts["stored"]
         facts.pop("stored")
-        steps = lineage.read(checkpoint._home(src))
+        steps = lineage.read(checkpoint.home_of(src))
         if steps:
-            _write_json(partial / lineage.FILE, {"steps": steps})
+            write_json(partial / lineage.FILE, {"steps": steps}, indent=2)
         text = card.write(cfg, facts, steps, results)
         (partial / "README.md").write_text(text, encoding="utf-8")
         facts["files"] = sorted(p.name for p in partial.iterdir())
-        _write_json(partial / RECORD, {**facts, "made_of": made_of})
+        write_json(partial / RECORD, {**facts, "made_of": made_of}, indent=2)
     return {**facts, "path": str(dst)}
 
 
