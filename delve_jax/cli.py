@@ -199,6 +199,7 @@ def parser() -> Parser:
     p.add_argument("--trust-remote-code", action="store_true",
                    help="hf backend: run code that comes with the model")  # fmt: skip
     _part_flags(p)
+    _memory_flags(p)
 
     p = verb("export", "checkpoint to a Hugging Face directory", writes=True)
     p.add_argument("src", help=SRC), p.add_argument("dst", help=DST)
@@ -217,6 +218,7 @@ def parser() -> Parser:
                    help="among the fewest ids that hold the share P")  # fmt: skip
     p.add_argument("--seed", type=flags.seed, default=0, help=flags.SEED)
     _part_flags(p)
+    _memory_flags(p)
 
     p = verb("inspect", "a DELVE on a text: streams, gate, hub, where it gains; JSON and a picture")
     p.add_argument("src", help="a DELVE: " + SRC)
@@ -226,6 +228,7 @@ def parser() -> Parser:
                    help="dense models to beat; default: those in the config")  # fmt: skip
     p.add_argument("--window", type=int, help="positions read at once")
     p.add_argument("--limit", type=int, metavar="N", help="the first N tokens only")
+    _memory_flags(p)
 
     p = verb("info", "what a source is: family, parameters, ranks, pool weights")
     p.add_argument("src", help=SRC)
@@ -238,6 +241,13 @@ def _part_flags(p: argparse.ArgumentParser) -> None:
                    help="fewer ranks: this share of the dense parents' parameters")  # fmt: skip
     p.add_argument("--streams", type=lambda text: text.split(","), default=[], metavar="A,B",
                    help="of a DELVE, only these streams")  # fmt: skip
+
+
+def _memory_flags(p: argparse.ArgumentParser) -> None:
+    """How a model that is only read lies in memory."""
+    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+                   help="of the parameters in memory (float32); 16 bits: half of it")  # fmt: skip
+    p.add_argument("--mesh", help='devices to spread them over, as "model=4"; default: the first')
 
 
 def _delphi_flags(verbs) -> None:

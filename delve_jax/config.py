@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 Ranks = tuple[tuple[str, tuple[int, ...]], ...]
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 STORAGES = ("uv", "pivot", "int8")  # forms of a factored map, see `models.linear`
 
 
@@ -191,6 +192,7 @@ def from_json(data: dict, where: str = "config.json") -> Config:
                 data[field.name] = parse(data[field.name])
             except (AttributeError, TypeError):
                 raise DelveError(f"{where}: field '{field.name}' must be {form}") from None
+    _check_sizes(cls, data, where)
     if "streams" in data:
         data["streams"] = _streams(data["streams"], where)
     neurons, layers, width = data.get("neurons"), data.get("n_layers"), data.get("d_ffn")
@@ -217,6 +219,35 @@ def from_json(data: dict, where: str = "config.json") -> Config:
         return cls(**data)
     except TypeError as err:  # a field without a default is missing
         raise DelveError(f"{where}: {err}") from None
+
+
+def _check_sizes(cls: type, data: dict, where: str) -> None:
+    """DelveError: sizes, map names or a dtype that no model of this family can have."""
+    ints = [field.name for field in dataclasses.fields(cls) if field.type == "int"]
+    least = dict.fromkeys(ints, 1)
+    if cls is DelveConfig:
+        least |= {"hub_rank": 0, "gate_proj": 0, "gate_hidden": 0}  # without a hub, without a gate
+    for name in ints:
+        if data.get(name, least[name]) < least[name]:
+            raise DelveError(f"{where}: field '{name}' is {data[name]}; at least {least[name]}")
+    rows = data.get("vocab_rows", 0)
+    if "vocab_rows" in data and data.get("vocab_size", 0) > rows:
+        raise DelveError(f"{where}: field 'vocab_size' is more than vocab_rows, {rows}")
+    for whole, part in (("d_model", "n_heads"), ("n_heads", "n_kv_heads")):
+        apart = part == "n_heads" and "head_dim" in data  # Qwen3's heads need not make up d_model
+        if not apart and part in data and data.get(whole, 0) % data[part]:
+            raise DelveError(f"{where}: field '{part}' must divide {whole}, {data[whole]}")
+    if data.get("dtype", "float32") not in DTYPES:
+        raise DelveError(f"{where}: field 'dtype' must be one of {', '.join(DTYPES)}")
+    if data.get("ranks"):
+        from .models import FAMILY
+
+        maps = (*FAMILY[cls.family].FACTORABLE, "embed", "head")
+        if unknown := [name for name, _ in data["ranks"] if name not in maps]:
+            raise DelveError(
+                f"{where}: field 'ranks' has '{unknown[0]}'; maps of {cls.family} are "
+                f"{', '.join(maps)}"
+            )
 
 
 def _of(value, *kinds: type):

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import data, lm
+from . import data, lm, parallel
 from . import evaluate as evaluation
 from .config import DelveConfig, DelveError
 from .look import texts_of
@@ -41,6 +41,7 @@ TYPES = ("word start", "word continuation", "space", "digit", "symbol", "other")
 COPYING = ("first in its window", "seen before in it")
 QUARTERS = tuple(f"quarter {i} of a window" for i in (1, 2, 3, 4))
 SAMPLES, SEED = 1000, 0  # of the bootstrap
+FEWEST = 10  # documents that are drawn in the place of windows
 EXAMPLE = 64  # tokens whose weights are drawn: as many as can be labelled
 BINS = 24
 
@@ -48,12 +49,14 @@ BINS = 24
 def inspect(
     src, text: Sequence[str], *, out: str | Path | None = None,
     parents: Sequence[str] | None = None, window: int | None = None, limit: int | None = None,
+    dtype: str = "float32", mesh: str | None = None,
 ) -> dict:  # fmt: skip
     """Diagnostics of a DELVE (a source, or an LM) on text files; JSON values.
 
     parents: the dense models to beat (default: those recorded in the config; where one of these
     cannot be read, the comparison is with the streams as they stand in the hybrid, and says so).
     window: positions read at once, as in `evaluate`; limit: the first so many tokens of the text.
+    dtype, mesh: how the DELVE and its parents lie in memory (`lm.load`).
     out: a directory that gets inspect.json and inspect.png. DelveError: src is no DELVE or has no
     tokenizer, too little text, a named parent that cannot be read or has other ids.
     """
@@ -64,7 +67,9 @@ def inspect(
             raise DelveError(f"--{flag} {value}: must be at least 2")
     if out is not None and Path(out).exists() and not Path(out).is_dir():
         raise DelveError(f"--out {out}: is a file; name a directory")
-    model, named = (src, "the model") if isinstance(src, lm.LM) else (lm.load(src), str(src))
+    on = parallel.make_mesh(mesh) if mesh else None
+    loaded = isinstance(src, lm.LM)
+    model, named = (src, "the model") if loaded else (lm.load(src, dtype, on), str(src))
     cfg = model.config
     if cfg.family != "delve":
         raise DelveError(f"{named}: is {cfg.family}, not a DELVE; `delve eval` scores it")
@@ -101,7 +106,7 @@ def inspect(
     pooled_BT = nll_BTM[..., 0]
     streams = {name: nll_BTM[..., 1 + k] for k, name in enumerate(cfg.names)}
     text_of = getattr(model.tokenizer, "to_str", None)  # raw bytes have none
-    dense, missing = _parents(cfg, text_of and text_of(), parents, rows)
+    dense, missing = _parents(cfg, text_of and text_of(), parents, rows, on, dtype)
     rivals = streams if missing or not dense else dense
 
     def scores(nll_BT) -> dict:
@@ -116,8 +121,12 @@ def inspect(
     middle = b, np.flatnonzero(scored_BT[b])[:EXAMPLE]
     seen_BT = _seen_at(stream)[target_BT] >= start_B[:, None]
     quarter_BT = np.broadcast_to(np.arange(T) * 4 // T, at_BT.shape)
+    # what is drawn: windows of one document err alike, those of few documents tell no spread
+    document_B = np.cumsum(stream[:-1] == bos)[first_B] if bos is not None else np.zeros(len(rows))
+    drawn = "documents" if len(np.unique(document_B)) >= FEWEST else "windows"
+    unit_B = document_B if drawn == "documents" else np.arange(len(at_BT))
     # windows overlap and score their second half: positions are compared in disjoint ones
-    apart = (a[_disjoint(start_B, T)] for a in (quarter_BT, read_BT, *both))
+    apart = (a[_disjoint(start_B, T)] for a in (unit_B, quarter_BT, read_BT, *both))
     report = {
         "model": named, "text": list(map(str, text)), "data_hash": data.data_hash(documents),
         "tokens": len(ids), "bytes": size, "limit": limit, "window": T, "windows": len(at_BT),
@@ -126,9 +135,10 @@ def inspect(
         "parents": {name: scores(nll_BT) for name, nll_BT in dense.items()},
         "parents_missing": missing,
         "compared_with": "streams" if rivals is streams else "parents", "best": best,
-        "gain": grouped(("all",), np.zeros_like(at_BT), scored_BT, *both)["all"],
-        "by_type": grouped(TYPES, token_types(tok, stream)[target_BT], scored_BT, *both),
-        "by_copying": grouped(COPYING, seen_BT, scored_BT, *both),
+        "intervals_over": drawn,
+        "gain": grouped(("all",), unit_B, np.zeros_like(at_BT), scored_BT, *both)["all"],
+        "by_type": grouped(TYPES, unit_B, token_types(tok, stream)[target_BT], scored_BT, *both),
+        "by_copying": grouped(COPYING, unit_B, seen_BT, scored_BT, *both),
         "by_position": grouped(QUARTERS, *apart),
         "pool": _pool(cfg, model.params, more_BTX[..., :K][scored_BT]),
         "hub": _hub(cfg, more_BTX[..., K:][scored_BT]),
@@ -143,14 +153,14 @@ def inspect(
     return report | {"path": str(out)}
 
 
-def _parents(cfg: DelveConfig, tokenizer: str | None, asked: Sequence[str] | None, rows):
+def _parents(cfg: DelveConfig, tokenizer: str | None, asked: Sequence[str] | None, rows, *how):
     """({name: nll_BT of the dense parent}, {name: why it cannot be read}); one in memory a time."""
     sources = list(map(str, cfg.teachers if asked is None else asked))
     names = cfg.names if len(sources) == len(cfg.names) else sources
     dense, missing = {}, {}
     for name, source in zip(names, sources, strict=True):
         try:
-            sub, params = load_teacher(source, tokenizer, recorded=asked is None)
+            sub, params = load_teacher(source, tokenizer, asked is None, *how)
             if sub.vocab_size != cfg.vocab_size:
                 raise DelveError(f"{source}: has {sub.vocab_size} ids, the DELVE {cfg.vocab_size}")
         except DelveError as err:
@@ -269,14 +279,21 @@ def _disjoint(start_B, T: int) -> list[int]:
     return out
 
 
-def grouped(names: Sequence[str], label_BT, mask_BT, pooled_BT, best_BT) -> dict:
+def grouped(names: Sequence[str], unit_B, label_BT, mask_BT, pooled_BT, best_BT) -> dict:
     """{group: tokens, share, nll of both models, gain and its interval} of groups that occur.
 
     label_BT: index in `names`; only tokens under mask_BT count. interval: 95 % of the gain, paired
-    bootstrap over windows, whose tokens are not independent; None from fewer than two windows.
+    bootstrap over what unit_B names of each window (its document, or itself), whose tokens are not
+    independent; None from fewer than two of these.
     """
-    B, total, out = len(mask_BT), int(mask_BT.sum()), {}
-    draws_nB = np.random.default_rng(SEED).multinomial(B, np.full(B, 1 / B), SAMPLES)
+    total, out = int(mask_BT.sum()), {}
+    unit_B = np.unique(unit_B, return_inverse=True)[1]
+    U = unit_B.max() + 1
+    draws_nU = np.random.default_rng(SEED).multinomial(U, np.full(U, 1 / U), SAMPLES)
+
+    def summed(x_B):
+        return np.bincount(unit_B, x_B, U)
+
     for index, name in enumerate(names):
         hit_BT = mask_BT & (label_BT == index)
         count_B = hit_BT.sum(1)
@@ -284,8 +301,8 @@ def grouped(names: Sequence[str], label_BT, mask_BT, pooled_BT, best_BT) -> dict
             continue
         pooled_B, best_B = ((x * hit_BT).sum(1, dtype=np.float64) for x in (pooled_BT, best_BT))
         interval, count = None, int(count_B.sum())
-        if np.count_nonzero(count_B) > 1:
-            drawn_n, gain_n = draws_nB @ count_B, draws_nB @ (best_B - pooled_B)
+        if np.count_nonzero(count_U := summed(count_B)) > 1:
+            drawn_n, gain_n = draws_nU @ count_U, draws_nU @ summed(best_B - pooled_B)
             gain_n = gain_n[drawn_n > 0] / drawn_n[drawn_n > 0]
             interval = np.quantile(gain_n, (0.025, 0.975)).tolist()
         ours, theirs = float(pooled_B.sum() / count), float(best_B.sum() / count)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import models
+from . import models, parallel
 from .config import Config, DelveError, to_json
 
 STATE_FORMAT = 2  # of saved states; those of another are refused (2: caches heads first)
@@ -320,9 +320,10 @@ def load(
 ) -> LM:
     """Load a Hugging Face directory, hub id (`id@revision`), RWKV .pth or checkpoint directory.
 
-    dtype: of the parameters in memory (None: as stored); mesh: from `parallel.make_mesh`. keep: at
-    most this share of the dense parents' parameters, by fewer ranks of every factored map; streams:
-    only these of a DELVE (("mamba", "rwkv") needs memory that does not grow with the text).
+    dtype: of the parameters in memory (None: as stored); mesh: what they are spread over, a Mesh or
+    as in `parallel.make_mesh` ("model=4"); None is the first device. keep: at most this share of
+    the dense parents' parameters, by fewer ranks of every factored map; streams: only these of a
+    DELVE (("mamba", "rwkv") needs memory that does not grow with the text).
     DelveError where the source is damaged, of an unknown architecture, or cannot be cut so.
 
     >>> import delve_jax
@@ -334,6 +335,8 @@ def load(
     """
     from . import data, parents
 
+    if isinstance(mesh, str):
+        mesh = parallel.make_mesh(mesh)
     cfg, params, tokenizer_json = parents.load(
         src, dtype=dtype, mesh=mesh, keep=keep, streams=streams
     )

@@ -29,14 +29,18 @@ def evaluate(
     trust_remote_code: bool = False,
     keep: float | None = None,
     streams: Sequence[str] = (),
+    dtype: str = "float32",
+    mesh: str | None = None,
     **how,
 ) -> dict:
     """nll and bits per byte on text files, metrics of jsonl tasks; backend "jax" or "hf".
 
-    keep, streams: a part of the model (`lm.load`; jax alone). how: limit, shots, shots_from, mmlu,
-    run_code of `tasks.evaluate_task`. -> nll_per_token (nats), bits_per_byte, tokens, bytes,
-    parameters, parameter_bytes; tasks by file name. DelveError: nothing to score, an unreadable
-    file, a model without tokenizer.
+    keep, streams: a part of the model; dtype: of its parameters in memory (scores are computed in
+    float32 from them: in the dtype that is stored nothing is lost); mesh: devices they are spread
+    over, as "model=4" (`lm.load`; jax alone). how: limit, shots, shots_from, mmlu, run_code of
+    `tasks.evaluate_task`. -> nll_per_token (nats), bits_per_byte, tokens, bytes, parameters,
+    parameter_bytes; tasks by file name. DelveError: nothing to score, an unreadable file, a model
+    without tokenizer.
 
     >>> import delve_jax, pathlib
     >>> _ = pathlib.Path("text.txt").write_text("def double(x):\\n    return 2 * x\\n" * 9)
@@ -51,9 +55,11 @@ def evaluate(
     if backend == "hf":
         if keep is not None or streams:
             raise DelveError("--keep, --streams: for --backend jax; export the part to score it")
+        if mesh or dtype != "float32":
+            raise DelveError("--dtype, --mesh: for --backend jax; transformers scores in float32")
         model = evaluation.hf_scorer(src, trust_remote_code)
     else:
-        model = lm.load(src, keep=keep, streams=streams)
+        model = lm.load(src, dtype, mesh, keep=keep, streams=streams)
     out = {"model": str(src), "backend": backend}
     if text:
         out |= evaluation.evaluate(model, texts_of(text))
@@ -82,11 +88,14 @@ def generate(
     seed: int = 0,
     keep: float | None = None,
     streams: Sequence[str] = (),
+    dtype: str = "float32",
+    mesh: str | None = None,
 ):
     """Continue a text -> {"prompt", "text", "tokens"}; greedy at temperature 0.
 
     It ends before `<|endoftext|>`, or after `max_new_tokens`. keep, streams: with a part of the
-    model (`lm.load`). src may be a loaded LM. DelveError: it has no tokenizer, an empty prompt.
+    model; dtype, mesh: how it lies in memory (`lm.load`). src may be a loaded LM. DelveError: it
+    has no tokenizer, an empty prompt.
 
     >>> import delve_jax
     >>> source = delve_jax.upcycle.embedded_parents()[-1]
@@ -94,7 +103,7 @@ def generate(
     >>> sorted(said), len(said["tokens"]) <= 4
     (['prompt', 'text', 'tokens'], True)
     """
-    model = src if isinstance(src, lm.LM) else lm.load(src, keep=keep, streams=streams)
+    model = src if isinstance(src, lm.LM) else lm.load(src, dtype, mesh, keep=keep, streams=streams)
     if model.tokenizer is None:
         raise DelveError(f"{src}: has no tokenizer.json, so it cannot continue text")
     ids = model.tokenizer.encode(prompt, add_special_tokens=False).ids

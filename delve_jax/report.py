@@ -205,7 +205,8 @@ def inspection_picture(report: dict, path, alarm: float) -> None:
     ax.grid(axis="x", color="#eeeeee")
     kind = "dense parent" if report["compared_with"] == "parents" else "of its own streams"
     ax.set_xlabel(f"nats per token better than {report['best']}, the best {kind}", fontsize=9)
-    ax.set_title("gain and 95 % interval (grey: contains zero), share of tokens", fontsize=9)
+    drawn = f"95 % interval over {report['intervals_over']}"
+    ax.set_title(f"gain and {drawn} (grey: contains zero), share of tokens", fontsize=9)
 
     ax, tokens = axes["gate"], report["example"]["tokens"]
     weights = [[*w, w[-1]] for w in (report["example"]["weights"][name] for name in names)]

@@ -397,15 +397,17 @@ def teacher_of(src: str) -> str:
     return source_of(src)
 
 
-def load_teacher(src: str, tokenizer: str | None, recorded: bool = False, mesh=None):
-    """(config, float32 parameters) of a dense parent, `recorded` in a config or named by the user.
+def load_teacher(
+    src: str, tokenizer: str | None, recorded: bool = False, mesh=None, dtype: str = "float32"
+):
+    """(config, parameters) of a dense parent, `recorded` in a config or named by the user.
 
     DelveError: it cannot be read; its tokenizer differs from the model's, where both have one; only
     its name was recorded (what an export tells of a local parent): any folder may be called so.
     """
     if recorded and "/" not in src:
         raise DelveError(f"{src}: is known by its name only (a local directory of somebody's)")
-    cfg, params, text = parents.load(src, dtype="float32", mesh=mesh)
+    cfg, params, text = parents.load(src, dtype=dtype, mesh=mesh)
     if text is not None and tokenizer is not None:
         same_tokenizer([("the model", tokenizer), (src, text)])
     return cfg, params

@@ -72,7 +72,8 @@ def _inspected(r: dict) -> str:
     gain, number = r["gain"], r["pool"]["effective_streams"]
     low, high = gain["interval"] or (gain["gain"],) * 2
     lines.append(
-        f"better than {r['best']} by {gain['gain']:.4f} [{low:.4f}, {high:.4f}] nats a token; "
+        f"better than {r['best']} by {gain['gain']:.4f} [{low:.4f}, {high:.4f}] nats a token "
+        f"(95 %, over {r['intervals_over']}); "
         f"effective streams {number['mean']:.2f} of {len(r['streams'])}"
     )
     for name, g in r["by_type"].items():

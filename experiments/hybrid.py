@@ -76,25 +76,35 @@ def ids(split):
     return data.encode_documents(tokenizer(), documents(split))
 
 
-def scored_windows(tok, texts):
+def scored_windows(tok, texts, fresh=False):
     """(the fixed windows [SEQUENCES, WINDOW + 1] of documents that are scored, document of each).
 
     A window is cut from the documents joined together and belongs to that of its first token.
+    fresh: instead all windows that have no document in common with those.
     """
     rows = data.windows(data.encode_documents(tok, texts), WINDOW + 1)
-    at = np.sort(np.random.default_rng(0).permutation(len(rows))[:SEQUENCES])
     between = data.eot_of(tok) is not None  # one token, counted to the document before it
     ends = np.cumsum([len(data.encode_documents(tok, [text])) + between for text in texts])
-    return rows[at], np.searchsorted(ends, at * (WINDOW + 1), side="right")
+    first_N = np.searchsorted(ends, np.arange(len(rows)) * (WINDOW + 1), side="right")
+    last_N = np.searchsorted(ends, np.arange(len(rows)) * (WINDOW + 1) + WINDOW, side="right")
+    at = np.sort(np.random.default_rng(0).permutation(len(rows))[:SEQUENCES])
+    if fresh:
+        seen = {d for i in at for d in range(first_N[i], last_N[i] + 1)}
+        each = enumerate(zip(first_N, last_N, strict=True))
+        at = [i for i, (a, b) in each if seen.isdisjoint(range(a, b + 1))]
+    return rows[at], first_N[at]
 
 
 @functools.cache
 def scored_of(split):
+    """Of a split; `fresh`: of the report split, without the documents of its scored windows."""
+    if split == "fresh":
+        return scored_windows(tokenizer(), documents("report"), fresh=True)
     return scored_windows(tokenizer(), documents(split))
 
 
 def sequences(split):
-    """The fixed windows [SEQUENCES, WINDOW + 1] of a split that are scored."""
+    """The fixed windows [N, WINDOW + 1] of a split that are scored."""
     return scored_of(split)[0]
 
 
@@ -220,7 +230,7 @@ def teacher_weights(seed, names=NAMES):
 
 
 def nats(cfg, params, split):
-    """Nats a token of every scored sequence, [SEQUENCES] float64."""
+    """Nats a token of every scored sequence, [N] float64."""
     score, rows, out = evaluate.as_scorer(evaluate.Model(cfg, params)).score, sequences(split), []
     for i in range(0, len(rows), BATCH):
         nll_BT, _ = score(rows[i : i + BATCH, :-1], rows[i : i + BATCH, 1:])
@@ -228,10 +238,10 @@ def nats(cfg, params, split):
     return np.concatenate(out)
 
 
-def scored(cfg, params, **more):
-    """The fields of a row: both splits, parameters, bytes."""
+def scored(cfg, params, splits=("choose", "report"), **more):
+    """The fields of a row: parameters, bytes, and of each split the nats a token."""
     row = {"parameters": models.count(cfg), "bytes": evaluate.parameter_bytes(cfg)} | more
-    for split in ("choose", "report"):
+    for split in splits:
         each = nats(cfg, params, split)
         row |= {split: float(each.mean()), f"{split}_each": [round(float(x), 5) for x in each]}
     return row
@@ -316,7 +326,8 @@ class Results:
 
     def cell(self, cell, split="report"):
         """{seed: nats of every sequence} of a cell."""
-        return {r["seed"]: np.array(r[f"{split}_each"]) for r in self.rows if r["cell"] == cell}
+        each = f"{split}_each"
+        return {r["seed"]: np.array(r[each]) for r in self.rows if r["cell"] == cell and each in r}
 
     def at_every_seed(self, start):
         """A copy in which cells that begin so, which no seed drew, stand at every seed."""

@@ -55,6 +55,8 @@ def test_overflow_of_the_asked_dtype(sources, tmp_path):
     name = "gpt_neox.layers.0.mlp.dense_4h_to_h.weight"
     path = rewrite(broken(sources, tmp_path), lambda s: s[name].fill_(1e6))
     fails(path, name, "bfloat16", dtype="float16")
+    for unknown in ("bf16", "int8"):
+        fails(path, f"dtype '{unknown}': must be float32", dtype=unknown)
     parents.load(path, dtype="bfloat16")
 
 
@@ -213,6 +215,13 @@ def test_destinations_that_cannot_be_made(tmp_path, monkeypatch, capsys):
         ("n_layers", None, "a whole number"),
         ("d_model", True, "a whole number"),
         ("family", ["rwkv"], "one of mamba"),
+        ("n_layers", 0, "is 0; at least 1"),
+        ("d_ffn", -4, "is -4; at least 1"),
+        ("latents", 0, "is 0; at least 1"),
+        ("gate_proj", -1, "is -1; at least 0"),
+        ("vocab_size", 10**9, "is more than vocab_rows"),
+        ("dtype", "int8", "must be one of float32"),
+        ("ranks", {"att/qkv": [4, 4, 4, 4]}, "has 'att/qkv'; maps of rwkv are att/key"),
     ],
 )
 def test_bad_fields_of_a_checkpoint_are_named(tmp_path, capsys, field, value, says):
@@ -228,6 +237,16 @@ def test_bad_fields_of_a_checkpoint_are_named(tmp_path, capsys, field, value, sa
         joined["streams"][0][field] = value
         with pytest.raises(DelveError, match=f"^x.json: field '{field}'"):
             from_json(joined, "x.json")
+
+
+def test_heads_that_do_not_divide_are_named():
+    for name, field, value, whole in (
+        ("proxy-neox", "n_heads", 5, "d_model"), ("delphi-512", "n_kv_heads", 3, "n_heads"),
+    ):  # fmt: skip
+        config = to_json(presets.preset(name))
+        assert from_json(config) == presets.preset(name)
+        with pytest.raises(DelveError, match=f"^x.json: field '{field}' must divide {whole}"):
+            from_json({**config, field: value}, "x.json")
 
 
 def test_a_source_without_a_tokenizer_is_told_where_to_put_one():

@@ -146,6 +146,13 @@ def test_convert_info_eval_generate_export(upcycled, place, capsys, tmp_path):
     code, first, _ = delve(capsys, *argv)
     code, second, _ = delve(capsys, *argv, "--temperature", 1.0, "--seed", 3)
     assert len(first["tokens"]) == len(second["tokens"]) == 8
+    code, short, _ = delve(capsys, *argv, "--dtype", "bfloat16", "--mesh", "data=1")
+    assert code == 0 and len(short["tokens"]) == 8
+    code, half, _ = delve(capsys, "eval", upcycled / "checkpoint", *text, "--dtype", "bfloat16")
+    assert half["parameter_bytes"] == ours["parameter_bytes"]  # as stored, not as held in memory
+    assert 0 < abs(half["nll_per_token"] - ours["nll_per_token"]) < 0.02
+    line = bad(capsys, "eval", upcycled / "hf", *text, "--backend", "hf", "--dtype", "float16")
+    assert "--dtype" in line
     code, back, _ = delve(capsys, "convert", upcycled / "hf", tmp_path / "back")
     assert code == 0 and back["parameters"] == out["parameters"]
     a, b = (delve_jax.load(p).params for p in (upcycled / "checkpoint", tmp_path / "back"))

@@ -290,14 +290,38 @@ def test_intervals_are_those_of_window_means():
     mask, label = np.ones((B, 8), bool), np.zeros((B, 8), int)
     label[:, 4:] = 1
     label[3, 0] = 2
-    out = diagnose.grouped(("a", "b", "c", "d"), label, mask, np.zeros((B, 8)), best_BT)
+    each = np.arange(B)
+    out = diagnose.grouped(("a", "b", "c", "d"), each, label, mask, np.zeros((B, 8)), best_BT)
     assert list(out) == ["a", "b", "c"] and out["c"]["interval"] is None
     means_B = best_BT[:, 4:].mean(1)
     low, high = out["b"]["interval"]
     assert out["b"]["gain"] == pytest.approx(means_B.mean())
     assert high - low == pytest.approx(2 * 1.96 * means_B.std() / B**0.5, rel=0.15)
-    same = diagnose.grouped(("a",), label * 0, mask, best_BT - 0.25, best_BT)["a"]
+    same = diagnose.grouped(("a",), each, label * 0, mask, best_BT - 0.25, best_BT)["a"]
     assert same["interval"] == pytest.approx([0.25, 0.25])
+
+
+def test_intervals_are_those_of_document_means():
+    """Five windows of one shift each are one observation, not five; documents may have gaps."""
+    r, D = np.random.default_rng(3), 80
+    best_BT = np.repeat(r.normal(size=(D, 1)), 5, 0) + np.zeros((1, 4))
+    mask, document_B = np.ones(best_BT.shape, bool), np.repeat(np.arange(D) * 3 + 1, 5)
+    for unit_B, n in ((document_B, D), (np.arange(5 * D), 5 * D)):
+        out = diagnose.grouped(("a",), unit_B, np.zeros_like(mask), mask, 0 * best_BT, best_BT)
+        low, high = out["a"]["interval"]
+        assert high - low == pytest.approx(2 * 1.96 * best_BT.std() / n**0.5, rel=0.15)
+    one = diagnose.grouped(("a",), 0 * unit_B, np.zeros_like(mask), mask, 0 * best_BT, best_BT)
+    assert one["a"]["interval"] is None
+
+
+def test_many_documents_are_drawn_few_are_not(place, tmp_path):
+    texts = [f"def f{i}(x):\n    return x * {i} + {'1 + ' * i}radius\n" for i in range(12)]
+    found = []
+    for n in (diagnose.FEWEST, diagnose.FEWEST - 1):
+        (tmp_path / "some.txt").write_text("\n<|endoftext|>\n".join(texts[:n]))
+        found.append(diagnose.inspect(place / "delve", [tmp_path / "some.txt"], window=T))
+    assert [r["intervals_over"] for r in found] == ["documents", "windows"]
+    assert all(r["gain"]["interval"] for r in found)
 
 
 def test_raw_bytes_mixture_without_hub_gate_and_parents(randomised, tmp_path):

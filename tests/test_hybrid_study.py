@@ -139,6 +139,17 @@ def test_a_window_is_of_the_document_of_its_first_token(joined, monkeypatch):
     firsts = [tok.decode([int(row[0])]).strip() for row in rows]
     assert firsts == [letters[document] for document in document_N]
 
+    monkeypatch.setattr(hybrid, "SEQUENCES", 3)
+    told = [  # the letters of each window, those of a document that it reaches into included
+        [
+            set(tok.decode(row.tolist())) & set(letters)
+            for row in hybrid.scored_windows(tok, texts, f)[0]
+        ]
+        for f in (False, True)
+    ]
+    seen, fresh = (set.union(*sets) for sets in told)
+    assert len(told[0]) == 3 and len(told[1]) > 5 and len(fresh) > 2 and not seen & fresh
+
 
 def test_intervals_of_the_compression_study(monkeypatch):
     """`delve` against one rival whose loss varies between documents alone."""

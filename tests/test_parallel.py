@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from delve_jax import models, parallel
+from delve_jax import lm, look, models, parallel, upcycle
 from delve_jax.config import (
     DelveConfig,
     DelveError,
@@ -314,6 +314,13 @@ def test_a_split_sequence_gives_the_same_loss(eight):
     np.testing.assert_allclose(sequence, single, rtol=2e-6)
 
 
+def test_a_model_is_scored_and_continued_on_a_mesh(eight):
+    """`delve eval` and `generate --mesh`: what one device cannot hold lies on four."""
+    (nll, tokens), (nll_4, tokens_4) = eight["read on one"], eight["read on four"]
+    assert eight["pieces"] == 4 and len(tokens) == 8
+    assert nll_4 == pytest.approx(nll, rel=1e-5) and tokens_4 == tokens
+
+
 def test_a_mesh_of_some_devices(eight):
     assert eight["four"] == 4
     assert "16 devices asked for, 8 are there" in eight["sixteen"]
@@ -409,6 +416,14 @@ def _eight_devices() -> dict:
         if on is mesh:
             out["placed"]["trained"] = _placed(trained)
     out["residual"] = str(SETTINGS.how(TINY, mesh).residual.spec)
+
+    (work / "text.txt").write_text("def area(radius):\n    return 3.14159 * radius ** 2\n" * 4)
+    source = next(p for p in upcycle.embedded_parents() if p.endswith("neox"))
+    out["pieces"] = max(n for _, n in _placed(lm.load(source, mesh="model=4").params).values())
+    for name, on in (("one", None), ("four", "model=4")):
+        found = look.evaluate(source, [work / "text.txt"], mesh=on)
+        said = look.generate(source, "def area(", max_new_tokens=8, mesh=on)
+        out[f"read on {name}"] = found["nll_per_token"], said["tokens"]
     return out
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from .. import checkpoint, config, models, parallel
 from ..config import Config, DelveError, ParentConfig, read_json
@@ -160,6 +161,12 @@ def load(
     keep, streams: only a part of the model, see `part`. Raises DelveError for anything that does
     not fit: files, names, shapes, NaN.
     """
+    try:
+        fits = dtype is None or jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:  # no dtype at all
+        fits = False
+    if not fits:
+        raise DelveError(f"dtype '{dtype}': must be float32, bfloat16 or float16")
     path = resolve(src)
     kind = detect(path)
     if kind == "checkpoint":
