@@ -23,6 +23,7 @@ from .config import Config, DelveError, from_json, read_json, to_json
 
 _FILES = ("config.json", "tokenizer.json")
 _OURS = ("config.json", "run.json", "report.json")  # one of them is in whatever a verb leaves
+_BEGUN = ".delve"  # in a DST.partial that is not gone on with: may be deleted
 
 
 def _replaced(dst: Path) -> Path:
@@ -40,18 +41,20 @@ def writing(dst: str | Path, overwrite: bool = False, fresh: bool = False):
     """Yield DST.partial, renamed to DST on success; an old DST stays until that moment.
 
     fresh: start from an empty DST.partial and remove it on an error (else it may hold a run's logs
-    and steps, which stay). DelveError: DST is taken, or the disk refuses.
+    and steps, which stay). DelveError: DST is taken, DST.partial holds what was not begun `fresh`,
+    or the disk refuses.
     """
     dst = Path(dst)
     if not dst.name:
         raise DelveError(f"{dst}: name a directory to make, not one that is there")
-    partial = dst.with_name(dst.name + ".partial")
+    partial, ours = dst.with_name(dst.name + ".partial"), False
     try:
         parallel.on_main(_claim, dst, overwrite, fresh)
+        ours = fresh
         yield partial
         parallel.on_main(_commit, dst)
     except BaseException as err:
-        if fresh:
+        if ours:
             shutil.rmtree(partial, ignore_errors=True)
         if isinstance(err, OSError):
             raise DelveError(f"{dst}: cannot be written ({err.strerror or err})") from None
@@ -60,7 +63,7 @@ def writing(dst: str | Path, overwrite: bool = False, fresh: bool = False):
 
 def check_replaceable(dst: Path) -> None:
     """DelveError where --overwrite would delete a directory that no verb has made."""
-    names = [p.name for p in dst.iterdir()] if dst.is_dir() else []
+    names = _names(dst)
     if names and not any(name in names for name in _OURS):
         raise DelveError(
             f"{dst}: holds {sorted(names)[0]} and is neither a checkpoint nor a model, so "
@@ -68,25 +71,36 @@ def check_replaceable(dst: Path) -> None:
         )
 
 
+def _names(folder: Path) -> list[str]:
+    """What is in a folder, but for our mark in one that was begun and is empty."""
+    return [p.name for p in folder.iterdir() if p.name != _BEGUN] if folder.is_dir() else []
+
+
 def _claim(dst: Path, overwrite: bool, fresh: bool) -> None:
     _mend(dst)
-    if dst.exists() and not overwrite and (dst.is_file() or any(dst.iterdir())):
+    if dst.exists() and not overwrite and (dst.is_file() or _names(dst)):
         raise DelveError(f"{dst}: exists, give another name or --overwrite")
     check_replaceable(dst)
     partial = dst.with_name(dst.name + ".partial")
     if fresh:
+        if partial.is_file() or (_names(partial) and not (partial / _BEGUN).exists()):
+            raise DelveError(f"{partial}: is in the way and not ours; move it")
         shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        (partial / _BEGUN).touch()
 
 
 def _commit(dst: Path) -> None:
+    partial = dst.with_name(dst.name + ".partial")
+    (partial / _BEGUN).unlink(missing_ok=True)
     old = _replaced(dst)
     shutil.rmtree(old, ignore_errors=True)
     if dst.is_file():
         dst.unlink()
     elif dst.exists():
         dst.rename(old)
-    dst.with_name(dst.name + ".partial").rename(dst)
+    partial.rename(dst)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -15,7 +15,7 @@ That the length of `longest` is tried at all was decided on what `longer` had gi
 split. So one hypothesis was committed here before it was tested on text that no model of this
 study had read (`fresh`: all windows of the report split that share no document with the 128):
 `delve 1.25, longest` is better than `dense rwkv`, three seeds, 95 % interval below zero.
-Cost: about nine minutes of a core a cell and seed, `longer` twenty.
+Cost: about nine minutes of a core a cell and seed, `longer` twenty, `longest` thirty.
 Result: experiments/results/hybrid_pair.json and .png.
 """
 
@@ -81,8 +81,9 @@ CELLS = {
     **{f"delve {x:g}, longer":
        (lambda seed, x=x: of_delve(x, seed, key=f"{x:g}-longer", tokens=LONGER))
        for x in (1.25, 1.5)},
-    "delve 1.25, longest":
-        lambda seed: of_delve(1.25, seed, key="1.25-longest", tokens=LONGEST),
+    **{f"delve {x:g}, longest":
+       (lambda seed, x=x: of_delve(x, seed, key=f"{x:g}-longest", tokens=LONGEST))
+       for x in (1.0, 1.25)},
     **{name: (lambda seed, n=name, a=how: of_delve(1.25, seed, *a, key=n))
        for name, how in TRIES.items()},
     **{f"try healed {BEST}, lr {lr:g}": (lambda seed, lr=lr: of_dense(seed, lr, key=f"lr{lr:g}"))
@@ -145,23 +146,23 @@ def picture(results, file):
             label="DELVE")  # fmt: skip
     for r in (r for rows in mine for r in rows):
         ax.plot(r["parameters"] / best, r["report"], "D", color=ACCENT, ms=4, alpha=0.6)
-    longer = [r for r in results.rows if r["cell"].startswith("delve") and "longer" in r["cell"]]
-    ax.plot([r["parameters"] / best for r in longer], [r["report"] for r in longer], "*", ms=9,
-            color=ACCENT, alpha=0.6,
-            label=f"DELVE, {LONGER // hybrid.HEAL} times the tokens")  # fmt: skip
+    times = {"longer": LONGER // hybrid.HEAL, "longest": LONGEST // hybrid.HEAL}
+    for (length, n), mark in zip(times.items(), "*P", strict=True):
+        long = [r for r in results.rows if r["cell"].startswith("delve") and length in r["cell"]]
+        ax.plot([r["parameters"] / best for r in long], [r["report"] for r in long], mark, ms=8,
+                color=ACCENT, alpha=0.6, label=f"DELVE, {n} times the tokens")  # fmt: skip
     for cell, colour, style in (
         ("dense mamba", KINDS[3 + hybrid.NAMES.index("mamba")], ":"),
         ("dense rwkv", KINDS[3 + hybrid.NAMES.index("rwkv")], "-"),
         (f"healed {BEST}", MUTED, "--"), (f"healed {BEST}, longer", MUTED, "-."),
-        ("pool", INK, ":"),
+        (f"healed {BEST}, longest", MUTED, ":"), ("pool", INK, ":"),
     ):  # fmt: skip
         if rows := [r for r in results.rows if r["cell"] == cell]:
             size = np.mean([r["parameters"] for r in rows]) / best
             label = {
                 "pool": "pool of both",
                 f"healed {BEST}": f"dense {BEST}, trained alike",
-                f"healed {BEST}, longer": f"the same, {LONGER // hybrid.HEAL} times the tokens",
-            }
+            } | {f"healed {BEST}, {k}": f"the same, {n} times the tokens" for k, n in times.items()}
             ax.axhline(np.mean([r["report"] for r in rows]), color=colour, ls=style,
                        label=f"{label.get(cell, cell)} ({size:.2f})")  # fmt: skip
     ax.set(xlabel=f"parameters, in units of dense {BEST}", ylabel="nats per token, report split")

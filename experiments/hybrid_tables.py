@@ -110,9 +110,19 @@ def hybrid_pair() -> str:
         "nats",
         "minus dense rwkv, 95 %",
     )
+    scored = {name: mine for name, mine in cells.items() if "fresh" in mine[0]}
+    fresh = []
+    for name in sorted(scored, key=lambda c: _mean(scored[c], "fresh")):
+        gaps = r["delve_minus_fresh"].get(name, {})
+        rivals = (_gap(gaps.get(rival)) for rival in ("dense rwkv", "healed rwkv, longest"))
+        fresh.append((name, f"{len(scored[name])}", f"{_mean(scored[name], 'fresh'):.4f}", *rivals))
+    last = ("model", "seeds", "nats", "minus dense rwkv", "minus healed rwkv, longest")
     return "\n".join([
         f"Nats per token on {r['scored_tokens']:,} report tokens; {r['healing_tokens']:,} tokens "
-        f"of healing, `longer` {r['longer']:,}; {RESAMPLED}:", "", *_table(head, rows),
+        f"of healing, `longer` {r['longer']:,}, `longest` {r['longest']:,}; {RESAMPLED}:", "",
+        *_table(head, rows), "",
+        f"On {r['fresh_windows']:,} windows of {r['fresh_documents']} other report documents, "
+        "which no model of the study had read before:", "", *_table(last, fresh),
     ])  # fmt: skip
 
 

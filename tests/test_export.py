@@ -402,6 +402,17 @@ def test_repeated_other_and_overwriting_exports(factored, tmp_path, monkeypatch)
     assert export.export_hf(src, dst, "dense", overwrite=True)["layout"] == "dense"
     cfg, _, _ = export.read_exported_delve(dst)
     assert all(not sub.ranks for _, sub in cfg.streams)
+    assert not list(dst.glob(".*"))  # what marked DST.partial as ours has gone
+    half = tmp_path / "hf.partial"
+    half.mkdir()
+    (half / "notes.txt").write_text("mine")
+    for more in ({}, {"overwrite": True}):  # the first is refused because of DST
+        with pytest.raises(DelveError, match="--overwrite|hf.partial: is in the way and not ours"):
+            export.export_hf(src, dst, **more)
+        assert (half / "notes.txt").read_text() == "mine" and (dst / "config.json").exists()
+    (half / ".delve").touch()  # as a killed export leaves it
+    assert export.export_hf(src, dst, overwrite=True)["layout"] == "factored"
+    assert not half.exists()
     with pytest.raises(DelveError, match="--layout"):
         export.export_hf(src, dst, "thin")
 

@@ -293,7 +293,7 @@ def export_hf(
             write_json(partial / lineage.FILE, {"steps": steps}, indent=2)
         text = card.write(cfg, facts, steps, results)
         (partial / "README.md").write_text(text, encoding="utf-8")
-        facts["files"] = sorted(p.name for p in partial.iterdir())
+        facts["files"] = sorted(p.name for p in partial.glob("[!.]*"))
         write_json(partial / RECORD, {**facts, "made_of": made_of}, indent=2)
     return {**facts, "path": str(dst)}
 

@@ -2,11 +2,14 @@
 
 taskset -c 0,1 python experiments/benchmarks/training.py [--only NAME ...] [--repeats 7]
 Two CPU cores. Other work starves PyTorch's OpenMP threads, so a row taken under load (its `load`
-above 3) reads too high: repeat it. Ratio to PyTorch eager, quiet: neox 0.83 (2 x 256), 0.81
-(1 x 1024); qwen3 0.89, 0.86; rwkv 1.7, 2.7; mamba 49, 94 (transformers has no kernel on a CPU).
-What the attention families still lose is in XLA's CPU products: forward
-ones run at 0.85 to 0.95 of PyTorch's rate, those for weight gradients at 0.7 and the small batched
-ones of attention at 0.5 (512 rows, d 512). Tried beside the plain step, neox 2 x 256: weight
+above 3) reads too high: repeat it. Ratio to PyTorch eager, quiet, on two machines: neox 0.83 and
+0.70 (2 x 256), 0.81 and 0.58 (1 x 1024); qwen3 0.89 and 0.68, 0.86 and 0.60; rwkv 1.7 and 2.2, 2.7
+and 4.2; mamba 49, 94 (transformers has no kernel on a CPU). A side of its own are PyTorch's
+products with all maps, forward and backward: how fast a program would be in which nothing else took
+time. What the attention families lose is partly in XLA's CPU products (on the first machine forward
+ones ran at 0.85 to 0.95 of PyTorch's rate, those for weight gradients at 0.7 and the small batched
+ones of attention at 0.5), partly around them: slices of stacked weights, stacked gradients and
+their zeros. Tried beside the plain step, neox 2 x 256: weight
 gradients from a transposed copy, the scan over layers unrolled, both, malloc without mmap, XLA's
 oneDNN products (--xla_cpu_use_onednn): none made a step faster by over 2 %. Nor did its YNNPACK
 products (--xla_cpu_experimental_ynn_fusion_type) or jax 0.11.2, beyond the noise of this machine.
@@ -33,6 +36,7 @@ import jax
 import numpy as np
 import torch
 import transformers
+from turns import products
 
 from delve_jax import models, parallel
 from delve_jax.config import MambaConfig, NeoxConfig, Qwen3Config, RwkvConfig
@@ -146,6 +150,8 @@ def measure(name, B, T, repeats):
     if (name, T) in COMPILED:
         sides["torch.compile"] = theirs(torch_model(cfg, params), settings, tokens, compiled=True)
     sides["ours"], compile_s = ours(cfg, params, settings, tokens)
+    if not GPU:
+        sides["products"] = products(params, B * T, training=True)
     seen, seconds = {side: [] for side in sides}, {side: [] for side in sides}
     for k in range(1 + repeats):
         for side, once in list(sides.items()):
@@ -176,9 +182,11 @@ def measure(name, B, T, repeats):
         "seconds": median,
         "spread": {side: (max(t) - min(t)) / median[side] for side, t in timed.items()},
         "compile_s": {"ours": compile_s},
-        "apart": {side: apart(seen["ours"], seen[side]) for side in sides if side != "ours"},
+        "apart": {side: apart(seen["ours"], seen[side]) for side in sides if "torch" in side},
         "seconds_all": {side: [round(s, 4) for s in times] for side, times in timed.items()},
     }  # fmt: skip
+    if "products" in sides:  # what the ratio would be if nothing else took time
+        row["ratio_of_products"] = median["torch"] / median["products"]
     if "torch.compile" in sides:
         row["compile_s"]["torch.compile"] = first["torch.compile"]
         row["ratio_to_compiled"] = median["torch.compile"] / median["ours"]

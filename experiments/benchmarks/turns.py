@@ -94,21 +94,29 @@ def readers() -> tuple[dict, int]:
     return ways, x_MN.nbytes
 
 
-def products(params: dict, tokens: int):
+def products(params: dict, tokens: int, training: bool = False):
     """-> function: nothing but the products of all layers' maps with so many tokens, by PyTorch.
 
     How fast a side could be whose products run at that rate and for which all else takes no time.
+    training: the head's, too, and of each map those of both gradients.
     """
     import torch
 
     leaves = jax.tree.leaves_with_path(params["layers"])
     stacks = [a for path, a in leaves if path[-1].key == "kernel" and path[0].key != "conv"]
     maps = [torch.from_numpy(np.array(w)) for stack in stacks for w in stack]
-    inputs = {w.shape[0]: torch.randn(tokens, w.shape[0]) for w in maps}
+    if training:
+        head = params["head"]["kernel"] if "head" in params else params["embed"]["kernel"].T
+        maps.append(torch.from_numpy(np.array(head)))
+    sizes = {size for w in maps for size in w.shape}
+    rows = {size: torch.randn(tokens, size) for size in sizes}
 
     def once():
         for w_IO in maps:
-            inputs[w_IO.shape[0]] @ w_IO
+            x_NI, g_NO = (rows[size] for size in w_IO.shape)
+            x_NI @ w_IO
+            if training:
+                g_NO @ w_IO.T, x_NI.T @ g_NO
 
     return once
 
