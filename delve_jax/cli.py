@@ -157,6 +157,7 @@ def parser() -> Parser:
         "--device", default="h200", help="whose peak rate: h200, h100, a100, v4, v5e, v5p, v6e"
     )
     p.add_argument("--no-compile", action="store_true", help="leave the activations out")
+    flags.objective(p)
     flags.run(p, plan=True)
 
     data = verbs.add_parser("data", help="text to token files; the named datasets",
@@ -349,7 +350,9 @@ def run(args: argparse.Namespace) -> dict:
             if kw.pop("list"):
                 return plan.listing()
             kw["tokens"] = kw["tokens"] or 0
-            return plan.plan(kw.pop("target"), flags.settings(kw), **kw)
+            settings = flags.settings(kw)
+            kw["objective"] = flags.terms(kw) if flags.OBJECTIVE & kw.keys() else None
+            return plan.plan(kw.pop("target"), settings, **kw)
         case "data":
             from . import data
 

@@ -20,7 +20,8 @@ import jax
 from . import VerbModule, models, parallel, parents, presets
 from .config import Config, DelveError, from_json, to_json
 from .parents.stock import dense_parents
-from .train.run import Settings, shapes_of, step_of
+from .train.objective import Terms
+from .train.run import Settings, check, shapes_of, step_of
 
 # dense bfloat16 FLOP/s and bytes of memory of one device, from the vendors' data sheets
 DEVICES = {
@@ -73,9 +74,12 @@ def forward_flops(cfg: Config, T: int) -> int:
     return total + cfg.n_layers * models.FAMILY[cfg.family].mixer_flops(cfg, T)
 
 
-def train_flops(cfg: Config, T: int, teachers: tuple = ()) -> int:
-    """FLOPs a token of training: three times forward, and each teacher's forward once."""
-    return 3 * forward_flops(cfg, T) + sum(forward_flops(t, T) for t in teachers)
+def train_flops(cfg: Config, T: int, teachers: tuple = (), passes: int = 1) -> int:
+    """FLOPs a token of training: three times forward, and each teacher's forward once.
+
+    passes: 2 where a smaller model inside is trained in every step as well (`--rank-drop`).
+    """
+    return 3 * passes * forward_flops(cfg, T) + sum(forward_flops(t, T) for t in teachers)
 
 
 def plan(
@@ -84,14 +88,15 @@ def plan(
     *,
     mesh: str | None = None,
     keep: float | None = None,
-    objective: str | None = None,
+    objective: str | Terms | None = None,
     device: str = "h200",
     mfu: float = 0.4,
     no_compile: bool = False,
 ) -> dict:
     """Parameters, FLOPs, bytes per device, steps and time of training a preset or a source.
 
-    objective: "ce", or "ce+kl" (a DELVE's default) where the dense parents are held as teachers.
+    objective: "ce", "ce+kl" (a DELVE's default) or the Terms of a healing run; the dense parents
+    are held as its teachers.
     device: whose peak rate and memory; mfu: share of it that is assumed. no_compile: without the
     activations, in a moment. DelveError: an unknown preset or device, settings that do not fit.
 
@@ -108,14 +113,17 @@ def plan(
     if not 0 < mfu <= 1:
         raise DelveError(f"--mfu {mfu}: must lie in (0, 1]")
     cfg = _config_of(target, keep)
-    objective = objective or ("ce+kl" if cfg.family == "delve" else "ce")
-    teachers = dense_parents(cfg) if objective == "ce+kl" else ()
+    terms = objective or ("ce+kl" if cfg.family == "delve" else "ce")
+    if not isinstance(terms, Terms):
+        terms = Terms() if terms == "ce+kl" else Terms(ce=1.0, kl=0.0)
+    teachers = dense_parents(cfg) if any(map(terms.has, ("kl", "streams", "hidden"))) else ()
     sizes = parallel.parse_mesh(mesh or "data=1")
     abstract_mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), parallel.AXES)
     T = settings.row_length(cfg)
     if settings.tokens < 0:
         raise DelveError(f"--tokens {settings.tokens}: must not be negative")
-    dataclasses.replace(settings, tokens=max(settings.tokens, 1)).checked(abstract_mesh)
+    some = dataclasses.replace(settings, tokens=max(settings.tokens, 1))
+    check(cfg, tuple(teachers), some, abstract_mesh, terms)
     steps = settings.steps(T)
     shapes = shapes_of(cfg, settings)
     optimizer = settings.make_optimizer(max(steps, 1))
@@ -125,13 +133,13 @@ def plan(
         "teachers": sum(_bytes(abstract_mesh, models.abstract_params(t)) for t in teachers),
     }
     forward = forward_flops(cfg, T)
-    train = train_flops(cfg, T, teachers)
+    train = train_flops(cfg, T, teachers, passes=1 if terms.rank_drop == 1 else 2)
     count = math.prod(sizes.values())
     rate = mfu * DEVICES[device][0] * count
     tokens = steps * settings.batch * T
     out = {
         "target": target, "family": cfg.family, "parameters": models.count(cfg),
-        "teacher_parameters": sum(map(models.count, teachers)), "objective": objective,
+        "teacher_parameters": sum(map(models.count, teachers)), "objective": terms.name,
         "forward_flops_per_token": forward, "train_flops_per_token": train,
         "mesh": sizes, "devices": count, "batch": settings.batch, "window": T,
         "compute": settings.compute, "optimizer": settings.optimizer,
@@ -141,7 +149,7 @@ def plan(
         "hours": tokens * train / rate / 3600,
     }  # fmt: skip
     if not no_compile:
-        found = _compiled(cfg, teachers, settings, sizes)
+        found = _compiled(cfg, teachers, settings, terms, sizes)
         state_bytes["activations"] = found["temp"] + found["other"]
         state_bytes["peak"] = sum(state_bytes.values())
         out["fits"] = bool(state_bytes["peak"] < DEVICES[device][1])
@@ -168,12 +176,13 @@ def _bytes(mesh, tree) -> int:
     return sum(jax.tree.leaves(shards))
 
 
-def _compiled(cfg, teachers, settings: Settings, sizes: dict) -> dict:
+def _compiled(cfg, teachers, settings: Settings, terms: Terms, sizes: dict) -> dict:
     """Bytes per device that XLA assigns to the step beside its state, found in a process of its
     own: the number of virtual devices is fixed when JAX starts."""
     what = {
         "cfg": to_json(cfg), "teachers": [to_json(t) for t in teachers],
         "settings": dataclasses.asdict(dataclasses.replace(settings)), "sizes": sizes,
+        "terms": dataclasses.asdict(terms),
     }  # fmt: skip
     # buffers are assigned before LLVM runs, so its optimisation may be left out
     flags = (f"--xla_force_host_platform_device_count={math.prod(sizes.values())} "
@@ -197,7 +206,8 @@ def _child() -> None:
     cfg = from_json(what["cfg"])
     teachers = tuple(from_json(t) for t in what["teachers"])
     mesh = parallel.make_mesh(",".join(f"{a}={n}" for a, n in what["sizes"].items()))
-    step, arguments = step_of(cfg, teachers, settings, mesh)
+    terms = Terms(**{k: tuple(v) if isinstance(v, list) else v for k, v in what["terms"].items()})
+    step, arguments = step_of(cfg, teachers, settings, mesh, terms)
     memory = step.lower(*arguments).compile().memory_analysis()
     # what is neither the state (which goes in and comes out in place) nor a temporary
     other = memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -17,6 +17,7 @@ from delve_jax.config import (
     RwkvConfig,
 )
 from delve_jax.train.loop import init_state
+from delve_jax.train.objective import Terms
 from delve_jax.train.run import Settings
 
 GRID = [*range(512, 2305, 128), 2560, 3840, 5376]
@@ -159,7 +160,27 @@ def test_a_delve_is_healed_against_its_dense_parents(source):
     assert alone["teacher_parameters"] == models.count(families(32, n_layers=2)["neox"])
 
 
+def test_a_smaller_model_inside_is_trained_as_well():
+    once, twice = (
+        plan.plan("delve-0.4b", SOME, objective=Terms(rank_drop=share), no_compile=True)
+        for share in (1.0, 0.5)
+    )
+    more = twice["train_flops_per_token"] - once["train_flops_per_token"]
+    assert more == 3 * once["forward_flops_per_token"]
+
+
 # ---- the compiled step ---------------------------------------------------------------------------
+
+
+def test_the_terms_of_healing_are_in_the_compiled_step(source):
+    """Each stream's logits beside its parent's, and both sides' streams at the sync points."""
+    small = Settings(tokens=10_000, batch=2, window=32)
+    size = [
+        plan.plan(source("delve"), small, objective=terms)["bytes_per_device"]
+        for terms in ("ce", "ce+kl", Terms(streams=0.3, hidden=1.0))
+    ]
+    assert size[0]["teachers"] == 0 < size[1]["teachers"] == size[2]["teachers"]
+    assert size[0]["activations"] < size[1]["activations"] < size[2]["activations"]
 
 
 def test_the_step_is_compiled_for_a_mesh_that_is_not_there(source):
@@ -199,6 +220,8 @@ def test_what_cannot_be_compiled_is_one_line(source, monkeypatch):
         ("delphi-512", {"mesh": "data=3"}, "--batch 8: must be a multiple of 3"),
         ("delphi-512", {"mesh": "replica=2,data=8"}, "--batch 8: must be a multiple of 16"),
         ("delphi-512", {"keep": 0.5}, "--keep is for the DELVE tiers"),
+        ("delphi-512", {"objective": Terms(streams=1.0)}, "dense parent of every stream"),
+        ("delphi-512", {"objective": Terms(rank_drop=0.5)}, "--rank-drop: needs factored maps"),
     ],
 )
 def test_refusals_name_the_flag(target, flags, said):
@@ -235,6 +258,14 @@ def test_through_the_command_line(capsys, monkeypatch):
     assert out["mesh"] == {"replica": 1, "data": 8, "model": 1} and out["device"] == "v5p"
     code, out, err = delve(capsys, "plan", "gpt-2")
     assert code == 2 and out is None and err.startswith("error: preset gpt-2") and err[-1] == "\n"
+
+
+def test_the_flags_of_healing(capsys):
+    heal = ("--stream-kl", "0.3:0.1", "--hidden-match", 1, "--train", "experts", "--no-compile")
+    code, out, _ = delve(capsys, "plan", "delve-0.4b", *heal)
+    assert code == 0 and out["objective"] == "ce+kl+streams+hidden"
+    code, out, _ = delve(capsys, "plan", "delve-0.4b", "--objective", "ce", "--no-compile")
+    assert code == 0 and out["objective"] == "ce" and not out["teacher_parameters"]
 
 
 def test_tokens_need_not_be_given(capsys):

@@ -278,7 +278,13 @@ def shapes_of(cfg: Config, settings: Settings) -> dict:
     return jax.eval_shape(lambda p: _cast(p, settings), models.abstract_params(cfg))
 
 
-def step_of(cfg: Config, teachers: tuple, settings: Settings, mesh: Mesh):
+def step_of(
+    cfg: Config,
+    teachers: tuple,
+    settings: Settings,
+    mesh: Mesh,
+    terms: Terms = Terms(),  # noqa: B008  (frozen)
+):
     """(the step of a run, its abstract arguments): to be lowered where nothing is allocated."""
     T = settings.row_length(cfg)
     optimizer = settings.make_optimizer(max(1, settings.steps(T)))
@@ -296,7 +302,7 @@ def step_of(cfg: Config, teachers: tuple, settings: Settings, mesh: Mesh):
         (*leading, rows, T + 1), jnp.int32,
         sharding=parallel.batch_sharding(mesh, len(leading)),
     )  # fmt: skip
-    loss = _loss(cfg, teachers, settings, mesh, eot=0)
+    loss = _loss(cfg, teachers, settings, mesh, 0, terms)
     step = make_step(loss, optimizer, mesh, state, frozen, settings.accumulate)
     index = jax.ShapeDtypeStruct((), jnp.int32)
     return step, (parallel.abstract(mesh, state), parallel.abstract(mesh, frozen), tokens, index)
