@@ -92,15 +92,15 @@ def _claim(dst: Path, overwrite: bool, fresh: bool) -> None:
 
 
 def _commit(dst: Path) -> None:
-    partial = dst.with_name(dst.name + ".partial")
-    (partial / _BEGUN).unlink(missing_ok=True)
-    old = _replaced(dst)
+    # of a write within a write DST is itself one that was begun: its mark goes on
+    begun, old = (dst / _BEGUN).exists(), _replaced(dst)
     shutil.rmtree(old, ignore_errors=True)
     if dst.is_file():
         dst.unlink()
     elif dst.exists():
         dst.rename(old)
-    partial.rename(dst)
+    dst.with_name(dst.name + ".partial").rename(dst)
+    (dst / _BEGUN).touch() if begun else (dst / _BEGUN).unlink(missing_ok=True)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -389,6 +389,26 @@ def test_a_wrong_export_is_caught_and_leaves_nothing(factored, tmp_path, monkeyp
     assert [p.name for p in tmp_path.iterdir()] == ["remote"]
 
 
+def test_an_export_that_dies_in_its_check_is_begun_anew(tmp_path, monkeypatch):
+    """The stock layout is a write within a write: DST.partial stays ours all the while."""
+    cfg, dst = rwkv(), tmp_path / "hf"
+    checkpoint.save(tmp_path / "ck", cfg, random_params(cfg))
+    seen = []
+
+    def killed(partial, *_):
+        seen.extend(sorted(p.name for p in partial.iterdir()))
+        monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *a, **k: None)  # nothing after it
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "_check", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export.export_hf(tmp_path / "ck", dst)
+    monkeypatch.undo()
+    assert ".delve" in seen and "model.safetensors" in seen and not dst.exists()
+    assert export.export_hf(tmp_path / "ck", dst, verify=False)["layout"] == "dense"
+    assert not list(dst.glob(".*")) and not list(tmp_path.glob("*.partial"))
+
+
 def test_repeated_other_and_overwriting_exports(factored, tmp_path, monkeypatch):
     src, dst = factored["checkpoint"], tmp_path / "hf"
     monkeypatch.setitem(sys.modules, "torch", None)  # as if torch were not installed
