@@ -135,7 +135,7 @@ def picture(results, file):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(6.4, 4), dpi=150, layout="constrained")
+    fig, ax = plt.subplots(figsize=(8, 4), dpi=150, layout="constrained")
     best = models.count(hybrid.dense(BEST)[0])
     cells = [f"delve {x:g}" for x in SIZES if results.cell(f"delve {x:g}")]
     mine = [[r for r in results.rows if r["cell"] == c] for c in cells]
@@ -167,7 +167,8 @@ def picture(results, file):
                        label=f"{label.get(cell, cell)} ({size:.2f})")  # fmt: skip
     ax.set(xlabel=f"parameters, in units of dense {BEST}", ylabel="nats per token, report split")
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=8, frameon=False)
+    ax.margins(y=0.08)
+    fig.legend(fontsize=8, frameon=False, loc="outside right center")
     fig.savefig(file)
 
 
