@@ -115,6 +115,8 @@ def plan(
     cfg = _config_of(target, keep)
     terms = objective or ("ce+kl" if cfg.family == "delve" else "ce")
     if not isinstance(terms, Terms):
+        if terms not in ("ce", "ce+kl"):
+            raise DelveError(f"objective {terms}: must be ce, ce+kl or Terms")
         terms = Terms() if terms == "ce+kl" else Terms(ce=1.0, kl=0.0)
     teachers = dense_parents(cfg) if any(map(terms.has, ("kl", "streams", "hidden"))) else ()
     sizes = parallel.parse_mesh(mesh or "data=1")

@@ -220,6 +220,7 @@ def test_what_cannot_be_compiled_is_one_line(source, monkeypatch):
         ("delphi-512", {"mesh": "data=3"}, "--batch 8: must be a multiple of 3"),
         ("delphi-512", {"mesh": "replica=2,data=8"}, "--batch 8: must be a multiple of 16"),
         ("delphi-512", {"keep": 0.5}, "--keep is for the DELVE tiers"),
+        ("delphi-512", {"objective": "kl"}, "objective kl: must be ce, ce.kl or Terms"),
         ("delphi-512", {"objective": Terms(streams=1.0)}, "dense parent of every stream"),
         ("delphi-512", {"objective": Terms(rank_drop=0.5)}, "--rank-drop: needs factored maps"),
     ],

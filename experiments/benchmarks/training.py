@@ -6,10 +6,9 @@ above 3) reads too high: repeat it. Ratio to PyTorch eager, quiet, on two machin
 0.70 (2 x 256), 0.81 and 0.58 (1 x 1024); qwen3 0.89 and 0.68, 0.86 and 0.60; rwkv 1.7 and 2.2, 2.7
 and 4.2; mamba 49, 94 (transformers has no kernel on a CPU). A side of its own are PyTorch's
 products with all maps, forward and backward: how fast a program would be in which nothing else took
-time. What the attention families lose is partly in XLA's CPU products (on the first machine forward
-ones ran at 0.85 to 0.95 of PyTorch's rate, those for weight gradients at 0.7 and the small batched
-ones of attention at 0.5), partly around them: slices of stacked weights, stacked gradients and
-their zeros. Tried beside the plain step, neox 2 x 256: weight
+time. On the first machine what the attention families lost was in XLA's CPU products: forward ones
+ran at 0.85 to 0.95 of PyTorch's rate, those for weight gradients at 0.7 and the small batched ones
+of attention at 0.5 (512 rows, d 512). Tried beside the plain step, neox 2 x 256: weight
 gradients from a transposed copy, the scan over layers unrolled, both, malloc without mmap, XLA's
 oneDNN products (--xla_cpu_use_onednn): none made a step faster by over 2 %. Nor did its YNNPACK
 products (--xla_cpu_experimental_ynn_fusion_type) or jax 0.11.2, beyond the noise of this machine.
