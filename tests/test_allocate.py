@@ -364,7 +364,7 @@ def assert_ffn_gets_nothing(cfg, params, tokens):
         assert not any(new.neurons)
     else:
         assert not any(ranks["ffn/key"]) and not any(ranks["ffn/value"])
-    assert any(ranks["att/value"])
+    assert any(ranks.get("att/value", ["dense"]))  # a map without ranks stays whole
     return report
 
 
