@@ -126,17 +126,18 @@ def training() -> str:
     r = json.loads((RESULTS / "training_cpu.json").read_text())
     lines = [
         "Products: the ratio of PyTorch's products with all maps alone, forward and backward, as "
-        "if all else took no time:",
+        "if all else took no time; by XLA: of XLA's, what ours could reach at most:",
         "",
-        "| family | T | batch | ours, tokens/s | PyTorch, tokens/s | ratio | products |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| family | T | batch | ours, tokens/s | PyTorch, tokens/s | ratio | products | by XLA |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
+    ceilings = ("ratio_of_products", "ratio_of_xla_products")
     for x in r["rows"]:
         rate = x["tokens_per_second"]
         lines.append(
             f"| {x['family']} | {x['T']:,} | {x['batch']} | {rate['ours']:,.0f} | "
             f"{rate['torch']:,.0f} | {x['ratio']:.2f} | "
-            + (f"{x['ratio_of_products']:.2f} |" if "ratio_of_products" in x else " |")
+            + " ".join(f"{x[k]:.2f} |" if k in x else " |" for k in ceilings)
         )
     return "\n".join(lines)
 

@@ -2,16 +2,16 @@
 
 taskset -c 0,1 python experiments/benchmarks/training.py [--only NAME ...] [--repeats 7]
 Two CPU cores. Other work starves PyTorch's OpenMP threads, so a row taken under load (its `load`
-above 3) reads too high: repeat it. Ratio to PyTorch eager, quiet, on two machines: neox 0.83 and
-0.70 (2 x 256), 0.81 and 0.58 (1 x 1024); qwen3 0.89 and 0.68, 0.86 and 0.60; rwkv 1.7 and 2.2, 2.7
-and 4.2; mamba 49, 94 (transformers has no kernel on a CPU). A side of its own are PyTorch's
-products with all maps, forward and backward: how fast a program would be in which nothing else took
-time. On the first machine what the attention families lost was in XLA's CPU products: forward ones
-ran at 0.85 to 0.95 of PyTorch's rate, those for weight gradients at 0.7 and the small batched ones
-of attention at 0.5 (512 rows, d 512). Tried beside the plain step, neox 2 x 256: weight
-gradients from a transposed copy, the scan over layers unrolled, both, malloc without mmap, XLA's
-oneDNN products (--xla_cpu_use_onednn): none made a step faster by over 2 %. Nor did its YNNPACK
-products (--xla_cpu_experimental_ynn_fusion_type) or jax 0.11.2, beyond the noise of this machine.
+above 3) reads too high: repeat it. Ratio to PyTorch eager, quiet, on three machines: neox 0.83,
+0.70 and 0.64 (2 x 256), 0.81, 0.58 and 0.65 (1 x 1024); qwen3 0.89, 0.68 and 0.69, 0.86, 0.60 and
+0.60; rwkv 1.7, 2.2 and 2.4, 2.7, 4.2 and 4.7; mamba 43 to 49, 57 to 94 (transformers has no kernel
+on a CPU). Sides of their own are the products with all maps alone, forward and backward, PyTorch's
+and XLA's: how fast a program would be in which nothing else took time. Tried beside the plain step,
+neox 2 x 256: weight gradients from a transposed copy, the scan over layers unrolled, both, malloc
+without mmap, XLA's oneDNN products (--xla_cpu_use_onednn), its YNNPACK products
+(--xla_cpu_experimental_ynn_fusion_type), jax 0.11.2: none made a step faster beyond the noise. Nor
+did a step that is given a tree a layer, so that nothing is stacked or sliced: 1.04 and 1.03 times
+as long (neox, 256 and 1,024 tokens), 0.82 (qwen3, 256; one call of nine repeats each).
 --gpu: both sides on one GPU, activations in bfloat16 and weights in float32 as both projects' users
 train there (PyTorch by autocast), 8 rows. transformers' mamba and rwkv without their CUDA kernels.
 """
@@ -35,7 +35,7 @@ import jax
 import numpy as np
 import torch
 import transformers
-from turns import products
+from turns import products, xla_products
 
 from delve_jax import models, parallel
 from delve_jax.config import MambaConfig, NeoxConfig, Qwen3Config, RwkvConfig
@@ -151,6 +151,7 @@ def measure(name, B, T, repeats):
     sides["ours"], compile_s = ours(cfg, params, settings, tokens)
     if not GPU:
         sides["products"] = products(params, B * T, training=True)
+        sides["products, XLA"] = xla_products(params, B * T)
     seen, seconds = {side: [] for side in sides}, {side: [] for side in sides}
     for k in range(1 + repeats):
         for side, once in list(sides.items()):
@@ -186,6 +187,7 @@ def measure(name, B, T, repeats):
     }  # fmt: skip
     if "products" in sides:  # what the ratio would be if nothing else took time
         row["ratio_of_products"] = median["torch"] / median["products"]
+        row["ratio_of_xla_products"] = median["torch"] / median["products, XLA"]
     if "torch.compile" in sides:
         row["compile_s"]["torch.compile"] = first["torch.compile"]
         row["ratio_to_compiled"] = median["torch.compile"] / median["ours"]

@@ -102,12 +102,7 @@ def products(params: dict, tokens: int, training: bool = False):
     """
     import torch
 
-    leaves = jax.tree.leaves_with_path(params["layers"])
-    stacks = [a for path, a in leaves if path[-1].key == "kernel" and path[0].key != "conv"]
-    maps = [torch.from_numpy(np.array(w)) for stack in stacks for w in stack]
-    if training:
-        head = params["head"]["kernel"] if "head" in params else params["embed"]["kernel"].T
-        maps.append(torch.from_numpy(np.array(head)))
+    maps = [torch.from_numpy(w) for w in _maps(params, training)]
     sizes = {size for w in maps for size in w.shape}
     rows = {size: torch.randn(tokens, size) for size in sizes}
 
@@ -119,6 +114,32 @@ def products(params: dict, tokens: int, training: bool = False):
                 g_NO @ w_IO.T, x_NI.T @ g_NO
 
     return once
+
+
+def xla_products(params: dict, tokens: int):
+    """-> function: those of a training step by XLA, in one program that does nothing else."""
+    maps, draw = _maps(params, head=True), np.random.default_rng(0)
+    # rows of its own for each map: no product is that of another one
+    rows = [tuple(draw.standard_normal((tokens, n), np.float32) for n in w.shape) for w in maps]
+
+    @jax.jit
+    def all_of(maps, rows):
+        return [(x_NI @ w_IO, g_NO @ w_IO.T, x_NI.T @ g_NO)
+                for w_IO, (x_NI, g_NO) in zip(maps, rows, strict=True)]  # fmt: skip
+
+    maps, rows = jax.device_put((maps, rows))
+    return lambda: jax.block_until_ready(all_of(maps, rows)) and None
+
+
+def _maps(params: dict, head: bool) -> list:
+    """The matrices [I, O] of all layers, and the head's."""
+    leaves = jax.tree.leaves_with_path(params["layers"])
+    stacks = [a for path, a in leaves if path[-1].key == "kernel" and path[0].key != "conv"]
+    maps = [np.array(w) for stack in stacks for w in stack]
+    if head:
+        maps.append(np.array(params["head"]["kernel"] if "head" in params
+                             else params["embed"]["kernel"].T))  # fmt: skip
+    return maps
 
 
 def old_rows(file: Path) -> list:
