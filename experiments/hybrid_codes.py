@@ -1,13 +1,13 @@
 """What do common vocabulary tables cost once the hybrid is healed (H8 of its design)?
 
 Command: python experiments/hybrid_codes.py [--only CELL ...] [--seeds N ...]; repeat it to go on.
-A DELVE of the four proxies, bodies dense, no hub, differs in its tables alone: `own` (each parent's,
-whole), `own 1/4` (each factored for itself, ours), `common 1/4` (codes of all four, as `upcycle`
-and `fuse --codes` make them). The latter two have a quarter of the tables' parameters, counted
-equal. All are healed with the same tokens towards the same pool; each arm takes that of two
-learning rates which is better on the choose split at seed 0 ("try" cells; the whole tables would
-suffer most from the quickstart's rate). Bar: `common 1/4` within 0.01 nats of `own` after healing.
-Cost: COST a cell and seed, four times that for `longer`.
+A DELVE of the four proxies, bodies dense, no hub, differs in its tables alone: `own` (whole ones of
+each parent), `own 1/4` (each factored for itself, ours), `common 1/4` (codes of all four, as
+`upcycle` and `fuse --codes` make them). The latter two have a quarter of the tables' parameters.
+All are healed with the same tokens towards the same pool; each arm takes that of two learning rates
+which is better on the choose split at seed 0 ("try" cells; the whole tables would suffer most from
+the quickstart's rate). Bar: `common 1/4` within 0.01 nats of `own` after healing. Cost: COST a cell
+and seed, four times that for `longer`.
 Result: experiments/results/hybrid_codes.json and .png.
 """
 

@@ -105,7 +105,7 @@ def test_loses_less_than_pruning_by_magnitude(seed):
     by_size = np.argsort(-np.diag(gram) * (w * w).sum(1))
     counts = (10, 20, 30)
     repaired = np.array([least_squares(h, w, by_size[:k]) for k in counts])
-    for k, error in zip(counts, repaired):
+    for k, error in zip(counts, repaired, strict=True):
         dropped = np.sum((h[:, by_size[k:]] @ w[by_size[k:]]) ** 2) / N
         assert p.errors(k) <= 1.02 * error < dropped
     # seed 2 takes the very same neurons: equal but for rounding

@@ -8,10 +8,10 @@ above 3) reads too high: repeat it. Ratio to PyTorch eager, quiet, on three mach
 on a CPU). Sides of their own are the products with all maps alone, forward and backward, PyTorch's
 and XLA's: how fast a program would be in which nothing else took time. Tried beside the plain step,
 neox 2 x 256: weight gradients from a transposed copy, the scan over layers unrolled, both, XLA's
-oneDNN products (--xla_cpu_use_onednn), its YNNPACK products (--xla_cpu_experimental_ynn_fusion_type),
-jax 0.11.2: none made a step faster beyond the noise. Nor did a step on a tree a layer, in which
-nothing is stacked or sliced: 0.82 to 1.04 times as long in six calls (neox and qwen3, both lengths),
-median 0.97. A malloc that hands no pages back (MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0
+oneDNN products (--xla_cpu_use_onednn) and YNNPACK's (--xla_cpu_experimental_ynn_fusion_type), jax
+0.11.2: none made a step faster beyond the noise. Nor did a step on a tree a layer, in which nothing
+is stacked or sliced: 0.82 to 1.04 times as long in six calls (neox and qwen3, both lengths), median
+0.97. A malloc that hands no pages back (MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0
 MALLOC_TRIM_THRESHOLD_=9999999999 MALLOC_TOP_PAD_=1000000000) saves a step its 58,000 page faults:
 0.78 to 1.06 times as long (six calls; PyTorch 0.82 to 0.99), but healing a DELVE gained nothing.
 --gpu: both sides on one GPU, activations in bfloat16 and weights in float32 as both projects' users
