@@ -4,10 +4,9 @@ Command: python experiments/hybrid_codes.py [--only CELL ...] [--seeds N ...]; r
 A DELVE of the four proxies, bodies dense, no hub, differs in its tables alone: `own` (whole ones of
 each parent), `own 1/4` (each factored for itself, ours), `common 1/4` (codes of all four, as
 `upcycle` and `fuse --codes` make them). The latter two have a quarter of the tables' parameters.
-All are healed with the same tokens towards the same pool; each arm takes that of two learning rates
-which is better on the choose split at seed 0 ("try" cells; the whole tables would suffer most from
-the quickstart's rate). Bar: `common 1/4` within 0.01 nats of `own` after healing. Cost: COST a cell
-and seed, four times that for `longer`.
+All are healed with the same tokens towards the same pool, at 5e-4, which for every arm is better on
+the choose split at seed 0 than the quickstart's 2e-3 ("try" cells). Bar: `common 1/4` within 0.01
+nats of `own` after healing. Cost: COST a cell and seed, four times that for `longer`.
 Result: experiments/results/hybrid_codes.json and .png.
 """
 
@@ -24,8 +23,8 @@ from delve_jax.models.linear import materialise
 
 SHARE = 0.25  # of the parameters in tables
 LONGER = 4 * hybrid.HEAL
-TRIED = (2e-3, 5e-4)
-LR = {"own": 5e-4, "own 1/4": 2e-3, "common 1/4": 2e-3}  # by the choose split, seed 0
+LR, TRIED = 5e-4, 2e-3
+TABLES = ("own", "own 1/4", "common 1/4")
 
 
 def untied():
@@ -77,25 +76,23 @@ def delve(tables, seed):
     return fuse.fuse(group, half, shared=tables == "common 1/4", seed=seed)[:2]
 
 
-def make(tables, seed, lr, tokens=hybrid.HEAL, key=""):
+def make(tables, seed, lr=LR, tokens=hybrid.HEAL, key=""):
     """One row: the hybrid at step 0 and healed."""
     cfg, params = delve(tables, seed)
     before = hybrid.scored(cfg, params)
     key = f"codes-{tables.replace('/', '').replace(' ', '-')}{key}-lr{lr:g}-s{seed}"
     healed = hybrid.healed(key, cfg, params, seed, tokens=tokens, lr=lr)
-    tables = ("embed", "head")
     tree = models.abstract_params(cfg)
     size = sum(a.size for p in (tree.get("codes", {}), *tree["streams"].values())
-               for t in tables if t in p for a in p[t].values())  # fmt: skip
+               for t in ("embed", "head") if t in p for a in p[t].values())  # fmt: skip
     return hybrid.scored(*healed, step_0=before["report"], step_0_choose=before["choose"],
                          table_parameters=int(size), lr=lr)  # fmt: skip
 
 
 CELLS = {
-    **{tables: (lambda s, t=tables: make(t, s, LR[t])) for tables in LR},
-    **{f"try {t}, lr {lr:g}": (lambda s, t=t, lr=lr: make(t, s, lr))
-       for t in LR for lr in TRIED if lr != LR[t]},
-    **{f"{t}, longer": (lambda s, t=t: make(t, s, LR[t], LONGER, "-longer")) for t in LR},
+    **{t: (lambda s, t=t: make(t, s)) for t in TABLES},
+    **{f"try {t}, lr {TRIED:g}": (lambda s, t=t: make(t, s, TRIED)) for t in TABLES},
+    **{f"{t}, longer": (lambda s, t=t: make(t, s, tokens=LONGER, key="-longer")) for t in TABLES},
 }  # fmt: skip
 
 
