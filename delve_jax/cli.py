@@ -157,6 +157,8 @@ def parser() -> Parser:
         "--device", default="h200", help="whose peak rate: h200, h100, a100, v4, v5e, v5p, v6e"
     )
     p.add_argument("--no-compile", action="store_true", help="leave the activations out")
+    p.add_argument("--teacher-cache", action="store_true",
+                   help="parents' answers are written first, then read")  # fmt: skip
     flags.objective(p)
     flags.run(p, plan=True)
 

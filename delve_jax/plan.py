@@ -20,6 +20,7 @@ import jax
 from . import VerbModule, models, parallel, parents, presets
 from .config import Config, DelveError, from_json, to_json
 from .parents.stock import dense_parents
+from .train import cache
 from .train.objective import Terms
 from .train.run import Settings, check, shapes_of, step_of
 
@@ -89,6 +90,7 @@ def plan(
     mesh: str | None = None,
     keep: float | None = None,
     objective: str | Terms | None = None,
+    teacher_cache: bool = False,
     device: str = "h200",
     mfu: float = 0.4,
     no_compile: bool = False,
@@ -96,7 +98,10 @@ def plan(
     """Parameters, FLOPs, bytes per device, steps and time of training a preset or a source.
 
     objective: "ce", "ce+kl" (a DELVE's default) or the Terms of a healing run; the dense parents
-    are held as its teachers.
+    are held as its teachers. teacher_cache: what they say is written before the first step (`heal
+    --teacher-cache`), so that they are in memory before it alone: `teacher_cache` of the result has
+    the bytes of that file and of their weights on a device. Their FLOPs count in either case; that
+    healing leaves out parents without weight in their pool cannot be known before.
     device: whose peak rate and memory; mfu: share of it that is assumed. no_compile: without the
     activations, in a moment. DelveError: an unknown preset or device, settings that do not fit.
 
@@ -125,7 +130,8 @@ def plan(
     if settings.tokens < 0:
         raise DelveError(f"--tokens {settings.tokens}: must not be negative")
     some = dataclasses.replace(settings, tokens=max(settings.tokens, 1))
-    check(cfg, tuple(teachers), some, abstract_mesh, terms)
+    cached = teacher_cache and bool(teachers)
+    check(cfg, tuple(teachers), some, abstract_mesh, terms, cached)
     steps = settings.steps(T)
     shapes = shapes_of(cfg, settings)
     optimizer = settings.make_optimizer(max(steps, 1))
@@ -134,6 +140,9 @@ def plan(
         "optimizer": _bytes(abstract_mesh, jax.eval_shape(optimizer.init, shapes)),
         "teachers": sum(_bytes(abstract_mesh, models.abstract_params(t)) for t in teachers),
     }
+    before = state_bytes["teachers"]
+    if cached:
+        state_bytes["teachers"] = 0
     forward = forward_flops(cfg, T)
     train = train_flops(cfg, T, teachers, passes=1 if terms.rank_drop == 1 else 2)
     count = math.prod(sizes.values())
@@ -150,11 +159,14 @@ def plan(
         "device": device, "mfu": mfu, "tokens_per_second": rate / train,
         "hours": tokens * train / rate / 3600,
     }  # fmt: skip
+    if cached:
+        each = cache.token_bytes(cache.id_dtype_of(cfg.vocab_size))
+        out["teacher_cache"] = {"file_bytes": tokens * each, "teachers_bytes_per_device": before}
     if not no_compile:
-        found = _compiled(cfg, teachers, settings, terms, sizes)
+        found = _compiled(cfg, teachers, settings, terms, sizes, cached)
         state_bytes["activations"] = found["temp"] + found["other"]
         state_bytes["peak"] = sum(state_bytes.values())
-        out["fits"] = bool(state_bytes["peak"] < DEVICES[device][1])
+        out["fits"] = bool(max(state_bytes["peak"], before) < DEVICES[device][1])
     return out
 
 
@@ -178,13 +190,13 @@ def _bytes(mesh, tree) -> int:
     return sum(jax.tree.leaves(shards))
 
 
-def _compiled(cfg, teachers, settings: Settings, terms: Terms, sizes: dict) -> dict:
+def _compiled(cfg, teachers, settings: Settings, terms: Terms, sizes: dict, cached: bool) -> dict:
     """Bytes per device that XLA assigns to the step beside its state, found in a process of its
     own: the number of virtual devices is fixed when JAX starts."""
     what = {
         "cfg": to_json(cfg), "teachers": [to_json(t) for t in teachers],
         "settings": dataclasses.asdict(dataclasses.replace(settings)), "sizes": sizes,
-        "terms": dataclasses.asdict(terms),
+        "terms": dataclasses.asdict(terms), "cached": cached,
     }  # fmt: skip
     # buffers are assigned before LLVM runs, so its optimisation may be left out
     flags = (f"--xla_force_host_platform_device_count={math.prod(sizes.values())} "
@@ -209,7 +221,7 @@ def _child() -> None:
     teachers = tuple(from_json(t) for t in what["teachers"])
     mesh = parallel.make_mesh(",".join(f"{a}={n}" for a, n in what["sizes"].items()))
     terms = Terms(**{k: tuple(v) if isinstance(v, list) else v for k, v in what["terms"].items()})
-    step, arguments = step_of(cfg, teachers, settings, mesh, terms)
+    step, arguments = step_of(cfg, teachers, settings, mesh, terms, what["cached"])
     memory = step.lower(*arguments).compile().memory_analysis()
     # what is neither the state (which goes in and comes out in place) nor a temporary
     other = memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -49,6 +49,12 @@ def _plan(r: dict) -> str:
         f"{r['window']} tokens, {r['compute']}, {r['optimizer']}",
         "bytes per device: " + ", ".join(f"{k} {v / 2**30:.2f} GiB" for k, v in size.items()),
     ]
+    if "teacher_cache" in r:
+        said = r["teacher_cache"]
+        lines.append(
+            f"teachers' answers: {said['file_bytes'] / 2**30:.2f} GiB of disk; while these are "
+            f"made, {said['teachers_bytes_per_device'] / 2**30:.2f} GiB of weights per device"
+        )
     if "fits" in r:
         lines.append(
             f"{'fits' if r['fits'] else 'does NOT fit'} the memory of one {r['device']}"

@@ -6,7 +6,7 @@ each parent), `own 1/4` (each factored for itself, ours), `common 1/4` (codes of
 `upcycle` and `fuse --codes` make them). The latter two have a quarter of the tables' parameters.
 All are healed with the same tokens towards the same pool, at 5e-4, which for every arm is better on
 the choose split at seed 0 than the quickstart's 2e-3 ("try" cells). Bar: `common 1/4` within 0.01
-nats of `own` after healing. Cost: COST a cell and seed, four times that for `longer`.
+nats of `own` after healing. Cost: 6 minutes of a core a cell and seed, 17 for `longer`.
 Result: experiments/results/hybrid_codes.json and .png.
 """
 

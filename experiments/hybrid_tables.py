@@ -90,6 +90,26 @@ def hybrid_elastic() -> str:
     ])  # fmt: skip
 
 
+def hybrid_codes() -> str:
+    """Vocabulary tables in common beside tables of their own, before and after healing."""
+    r = json.loads((RESULTS / "hybrid_codes.json").read_text())
+    cells = _cells(r["rows"])
+    against = {}
+    for cell in cells:
+        tables, comma, length = cell.partition(",")
+        against[cell] = r["difference"].get(f"{tables} - own{comma}{length}")
+    rows = [(cell, f"{rows[0]['table_parameters']:,}", f"{rows[0]['parameters']:,}",
+             f"{len(rows)}", f"{_mean(rows, 'step_0'):.4f}", f"{_mean(rows, 'report'):.4f}",
+             _gap(against[cell])) for cell, rows in cells.items() if "try" not in cell]  # fmt: skip
+    return "\n".join([
+        f"Nats per token of {r['scored_tokens']:,} report tokens after {r['healing_tokens']:,} "
+        f"tokens of healing (longer: {r['longer']:,}); in the last column minus `own` of the same "
+        f"length and seeds, 95 %, {RESAMPLED}:", "",
+        *_table(("tables", "parameters in tables", "in all", "seeds", "before healing", "healed",
+                 "minus own"), rows),
+    ])  # fmt: skip
+
+
 def hybrid_pair() -> str:
     """A DELVE of the two parents that the pool wants, against dense ones."""
     r = json.loads((RESULTS / "hybrid_pair.json").read_text())

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from hybrid_tables import (
+    hybrid_codes,
     hybrid_curve,
     hybrid_diversity,
     hybrid_elastic,
@@ -388,7 +389,7 @@ BLOCKS = (
     shared_tables, refinement, generation, decode, prefill, growth, loading, accelerator,
     compress_memory, compress_accelerator,
     hybrid_diversity, hybrid_curve, hybrid_tasks, hybrid_sources, hybrid_parts, hybrid_pair,
-    hybrid_elastic, delphi, ladder, lora, tiers,
+    hybrid_elastic, hybrid_codes, delphi, ladder, lora, tiers,
 )  # fmt: skip
 
 

@@ -183,6 +183,21 @@ def test_the_terms_of_healing_are_in_the_compiled_step(source):
     assert size[0]["activations"] < size[1]["activations"] < size[2]["activations"]
 
 
+def test_a_teacher_cache_leaves_the_teachers_out_of_the_step(source):
+    small = Settings(tokens=10_000, batch=2, window=32)
+    held, read = (plan.plan(source("delve"), small, teacher_cache=c) for c in (False, True))
+    one, other = held["bytes_per_device"], read["bytes_per_device"]
+    assert other["teachers"] == 0 and other["peak"] < one["peak"] - one["teachers"]
+    assert other["activations"] < one["activations"]
+    assert read["train_flops_per_token"] == held["train_flops_per_token"]
+    assert "teacher_cache" not in held
+    said = read["teacher_cache"]
+    assert said["file_bytes"] == read["tokens"] * (64 * (2 + 1) + 2)
+    assert said["teachers_bytes_per_device"] == one["teachers"]
+    with pytest.raises(DelveError, match="--teacher-cache"):
+        plan.plan(source("delve"), small, objective=Terms(streams=0.3), teacher_cache=True)
+
+
 def test_the_step_is_compiled_for_a_mesh_that_is_not_there(source):
     settings = Settings(tokens=10_000, batch=8, window=32)
     assert len(jax.devices()) == 1
@@ -267,6 +282,8 @@ def test_the_flags_of_healing(capsys):
     assert code == 0 and out["objective"] == "ce+kl+streams+hidden"
     code, out, _ = delve(capsys, "plan", "delve-0.4b", "--objective", "ce", "--no-compile")
     assert code == 0 and out["objective"] == "ce" and not out["teacher_parameters"]
+    code, out, _ = delve(capsys, "plan", "delve-0.4b", "--teacher-cache", "--no-compile")
+    assert code == 0 and out["bytes_per_device"]["teachers"] == 0 < out["teacher_parameters"]
 
 
 def test_tokens_need_not_be_given(capsys):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -40,16 +41,32 @@ class Cache:
 
     def array(self, name: str, mode: str = "r") -> np.ndarray:
         """ids and counts [steps, rows, T, SAMPLES]; entropy [steps, rows, T]: memory-mapped."""
-        shape = (self.steps, self.rows, self.T, *((SAMPLES,) if name != "entropy" else ()))
-        dtype = {"ids": self.id_dtype, "counts": "uint8", "entropy": "float16"}[name]
+        tail, dtype = layout(self.id_dtype)[name]
+        shape = (self.steps, self.rows, self.T, *tail)
         return np.memmap(self.folder / f"{name}.bin", dtype, mode, shape=shape)
 
     def joined(self, dataset):
         """The run's dataset with what the teachers said beside its rows: one dict a step."""
-        arrays = {name: self.array(name) for name in ("ids", "counts", "entropy")}
+        arrays = {name: self.array(name) for name in layout(self.id_dtype)}
         return dataset.map_with_index(
             lambda step, rows: {"tokens": rows, **{k: a[step] for k, a in arrays.items()}}
         )
+
+
+def id_dtype_of(vocab_size: int) -> str:
+    """The dtype that ids of a vocabulary are stored in."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def layout(id_dtype: str) -> dict[str, tuple[tuple[int, ...], str]]:
+    """{file: (shape, dtype) of what it has of a token}."""
+    return {"ids": ((SAMPLES,), id_dtype), "counts": ((SAMPLES,), "uint8"),
+            "entropy": ((), "float16")}  # fmt: skip
+
+
+def token_bytes(id_dtype: str) -> int:
+    """Bytes of a token in all files."""
+    return sum(math.prod(n) * np.dtype(d).itemsize for n, d in layout(id_dtype).values())
 
 
 def sampled(logits_nV: jax.Array, key: jax.Array) -> dict:
@@ -91,7 +108,7 @@ def make(
     folder = Path(folder)
     first = np.ascontiguousarray(dataset[0], np.int32)
     rows, T, V = len(first), first.shape[1] - 1, teachers[0].vocab_size
-    id_dtype = "uint16" if V <= 2**16 else "uint32"
+    id_dtype = id_dtype_of(V)
     said_by = [list(map(float, frozen["weights"])), [to_json(t) for t in teachers], eot, how.dtype]
     digest = hashlib.sha256(json.dumps(said_by, sort_keys=True).encode())
     for leaf in jax.tree.leaves(frozen["teachers"]):  # another parent of the same sizes differs
@@ -113,7 +130,7 @@ def make(
     # a longer run takes over what a shorter one made: its steps are the first ones of this
     cache = Cache(folder, max(steps, known["steps"]), rows, T, id_dtype)
     _check_room(cache, cache.steps - known["steps"])
-    for name in ("ids", "counts", "entropy"):
+    for name in layout(id_dtype):
         _grown(cache, name)
     pool = delve.plain_pool(map(str, range(len(teachers))), list(teachers))
 
@@ -150,7 +167,7 @@ def make(
 def _check_room(cache: Cache, steps: int) -> None:
     """DelveError where the disk has no room for `steps` more: a write to a mapped file that finds
     none ends the process without a word."""
-    need = steps * cache.rows * cache.T * sum(_widths(cache).values())
+    need = steps * cache.rows * cache.T * token_bytes(cache.id_dtype)
     if need > (free := shutil.disk_usage(cache.folder).free):
         raise DelveError(
             f"{cache.folder}: the teachers' answers need {need / 2**30:.2f} GiB, "
@@ -158,15 +175,11 @@ def _check_room(cache: Cache, steps: int) -> None:
         )
 
 
-def _widths(cache: Cache) -> dict[str, int]:
-    """Bytes a token of each file."""
-    return {"ids": np.dtype(cache.id_dtype).itemsize * SAMPLES, "counts": SAMPLES, "entropy": 2}
-
-
 def _grown(cache: Cache, name: str) -> None:
     """The file in the length of the cache; what it holds stays."""
     path = cache.folder / f"{name}.bin"
-    size = cache.steps * cache.rows * cache.T * _widths(cache)[name]
+    tail, dtype = layout(cache.id_dtype)[name]
+    size = cache.steps * cache.rows * cache.T * math.prod(tail) * np.dtype(dtype).itemsize
     with path.open("ab") as file:
         if file.tell() != size:
             file.truncate(size)

@@ -284,13 +284,17 @@ def step_of(
     settings: Settings,
     mesh: Mesh,
     terms: Terms = Terms(),  # noqa: B008  (frozen)
+    cached: bool = False,
 ):
-    """(the step of a run, its abstract arguments): to be lowered where nothing is allocated."""
+    """(the step of a run, its abstract arguments): to be lowered where nothing is allocated.
+
+    cached: of one whose teachers' answers are read beside the rows (`cache`).
+    """
     T = settings.row_length(cfg)
     optimizer = settings.make_optimizer(max(1, settings.steps(T)))
     state = jax.eval_shape(lambda p: init_state(p, optimizer), shapes_of(cfg, settings))
     frozen = ()
-    if teachers:
+    if teachers and not cached:
         frozen = {
             "weights": jax.ShapeDtypeStruct((len(teachers),), jnp.float32),
             "teachers": tuple(models.abstract_params(t) for t in teachers),
@@ -298,14 +302,20 @@ def step_of(
     rows, leading = settings.batch // settings.accumulate, ()
     if settings.accumulate > 1:
         leading = (settings.accumulate,)
-    tokens = jax.ShapeDtypeStruct(
-        (*leading, rows, T + 1), jnp.int32,
-        sharding=parallel.batch_sharding(mesh, len(leading)),
-    )  # fmt: skip
-    loss = _loss(cfg, teachers, settings, mesh, 0, terms)
+    split = parallel.batch_sharding(mesh, len(leading))
+
+    def fed(shape, dtype):
+        return jax.ShapeDtypeStruct((*leading, rows, *shape), dtype, sharding=split)
+
+    batch = fed((T + 1,), jnp.int32)
+    if cached:
+        files = cache.layout(cache.id_dtype_of(cfg.vocab_size))
+        said = {name: fed((T, *tail), dtype) for name, (tail, dtype) in files.items()}
+        batch = {"tokens": batch, **said}
+    loss = _loss(cfg, teachers, settings, mesh, 0, terms, cached)
     step = make_step(loss, optimizer, mesh, state, frozen, settings.accumulate)
     index = jax.ShapeDtypeStruct((), jnp.int32)
-    return step, (parallel.abstract(mesh, state), parallel.abstract(mesh, frozen), tokens, index)
+    return step, (parallel.abstract(mesh, state), parallel.abstract(mesh, frozen), batch, index)
 
 
 def check(
