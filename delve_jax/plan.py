@@ -140,7 +140,7 @@ def plan(
         "optimizer": _bytes(abstract_mesh, jax.eval_shape(optimizer.init, shapes)),
         "teachers": sum(_bytes(abstract_mesh, models.abstract_params(t)) for t in teachers),
     }
-    before = state_bytes["teachers"]
+    teacher_bytes = state_bytes["teachers"]
     if cached:
         state_bytes["teachers"] = 0
     forward = forward_flops(cfg, T)
@@ -161,12 +161,15 @@ def plan(
     }  # fmt: skip
     if cached:
         each = cache.token_bytes(cache.id_dtype_of(cfg.vocab_size))
-        out["teacher_cache"] = {"file_bytes": tokens * each, "teachers_bytes_per_device": before}
+        out["teacher_cache"] = {
+            "file_bytes": tokens * each,
+            "teachers_bytes_per_device": teacher_bytes,
+        }
     if not no_compile:
         found = _compiled(cfg, teachers, settings, terms, sizes, cached)
         state_bytes["activations"] = found["temp"] + found["other"]
         state_bytes["peak"] = sum(state_bytes.values())
-        out["fits"] = bool(max(state_bytes["peak"], before) < DEVICES[device][1])
+        out["fits"] = bool(max(state_bytes["peak"], teacher_bytes) < DEVICES[device][1])
     return out
 
 

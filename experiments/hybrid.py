@@ -143,8 +143,13 @@ def spectra_folder(seed, names=NAMES):
 
 
 def _source(name):
+    return InMemory(*plain(name))
+
+
+def plain(name):
+    """(config, parameters) of a proxy in the form of a compressed one, nothing compressed."""
     cfg, params, _ = dense(name)
-    return InMemory(*compress.compress(cfg, params, None, keep=1.0, method="svd")[:2])
+    return compress.compress(cfg, params, None, keep=1.0, method="svd")[:2]
 
 
 def hybrid(N, seed, names=NAMES, connectors="hub", latents=1, gate=True, hub_rank=None, warm=False):
@@ -173,7 +178,7 @@ def single(name, N, seed):
     cfg, params, _ = dense(name)
     place = WORK / "single" / f"{name}-{N}-s{seed}"
     if N >= models.count(dataclasses.replace(cfg, vocab_rows=cfg.vocab_size)):
-        return compress.compress(cfg, params, None, keep=1.0, method="svd")[:2]
+        return plain(name)
     if not place.exists():
         out, made, _ = compress.compress(
             cfg, params, calibration(seed), budget=N, seed=seed, progress=False
@@ -308,6 +313,13 @@ class Results:
         self.save()
         print(json.dumps({k: v for k, v in row.items() if not k.endswith("_each")}), flush=True)
         return row
+
+    def fill(self, todo, cells, desc):
+        """The rows of all (cell, seed) of `todo`; cells: {cell: function of the seed}."""
+        with metrics.progress(len(todo), desc, "cell") as bar:
+            for cell, seed in todo:
+                self.row(cell, seed, lambda c=cell, s=seed: cells[c](s))
+                bar.update(1)
 
     def save(self, **facts):
         """Write everything, one line a row."""

@@ -16,7 +16,7 @@ import sys
 import hybrid
 import numpy as np
 
-from delve_jax import compress, fuse, models
+from delve_jax import fuse, models
 from delve_jax.compress import codes, vocab
 from delve_jax.config import DelveError
 from delve_jax.models.linear import materialise
@@ -25,15 +25,6 @@ SHARE = 0.25  # of the parameters in tables
 LONGER = 4 * hybrid.HEAL
 LR, TRIED = 5e-4, 2e-3
 TABLES = ("own", "own 1/4", "common 1/4")
-
-
-def untied():
-    """[(name, config, parameters)] of the dense proxies in the form that `fuse` takes."""
-    out = []
-    for name in hybrid.NAMES:
-        cfg, params, _ = hybrid.dense(name)
-        out.append((name, *compress.compress(cfg, params, None, keep=1.0, method="svd")[:2]))
-    return out
 
 
 def ranks(group):
@@ -66,7 +57,7 @@ def factored(cfg, params, tokens_NT, rank, seed):
 
 def delve(tables, seed):
     """(config, parameters) of the hybrid at step 0, pool weights fitted with these tables."""
-    group, tokens_NT = untied(), hybrid.calibration(seed)
+    group, tokens_NT = [(n, *hybrid.plain(n)) for n in hybrid.NAMES], hybrid.calibration(seed)
     own, common = ranks(group)
     if tables == "common 1/4":
         group = codes.common(group, tokens_NT, common, seed)
@@ -101,10 +92,7 @@ def main():
     results = hybrid.Results("hybrid_codes", "python experiments/hybrid_codes.py", share=SHARE,
                              longer=LONGER, lr=LR)  # fmt: skip
     todo = [(c, s) for s in args.seeds for c in args.only if s == 0 or not c.startswith("try")]
-    with hybrid.metrics.progress(len(todo), "codes", "cell") as bar:
-        for cell, seed in todo:
-            results.row(cell, seed, lambda c=cell, s=seed: CELLS[c](s))
-            bar.update(1)
+    results.fill(todo, CELLS, "codes")
     results.save(**derived(results))
     picture(results, results.path.with_suffix(".png"))
 

@@ -100,10 +100,7 @@ def main():
         (cell, seed) for seed in args.seeds for cell in args.only
         if seed == 0 or not cell.startswith(("try", "dense"))  # no seed draws a dense parent
     ]  # fmt: skip
-    with hybrid.metrics.progress(len(todo), "pair", "cell") as bar:
-        for cell, seed in todo:
-            results.row(cell, seed, lambda c=cell, s=seed: CELLS[c](s))
-            bar.update(1)
+    results.fill(todo, CELLS, "pair")
     results.save(**derived(results))
     picture(results, results.path.with_suffix(".png"))
 

@@ -128,7 +128,11 @@ def xla_products(params: dict, tokens: int):
                 for w_IO, (x_NI, g_NO) in zip(maps, rows, strict=True)]  # fmt: skip
 
     maps, rows = jax.device_put((maps, rows))
-    return lambda: jax.block_until_ready(all_of(maps, rows)) and None
+
+    def once():  # hands nothing back: results of earlier turns would stay in memory
+        jax.block_until_ready(all_of(maps, rows))
+
+    return once
 
 
 def _maps(params: dict, head: bool) -> list:
