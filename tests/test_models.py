@@ -248,8 +248,7 @@ def test_gradient_of_every_tensor_equals_autograd(name, record_property):
 @pytest.mark.parametrize("name", ["neox-parallel", "neox-sequential-full"])
 def test_the_bar_tells_the_exact_gelu_from_its_tanh_form(name, monkeypatch, record_property):
     c = case(name)
-    approximate = lambda x, approximate: jax.nn.gelu(x, approximate=True)  # noqa: E731
-    monkeypatch.setattr(neox.nn, "gelu", approximate)
+    monkeypatch.setattr(neox, "gelu", functools.partial(jax.nn.gelu, approximate=True))
     logits = jax.jit(functools.partial(models.forward, c.cfg))(c.params, c.tokens_BT)[0]
     error = difference(logits, c.logits_BTV)
     record_property("tanh", error)
@@ -344,6 +343,16 @@ def test_rematerialised_layers_change_nothing(name, how, randomised):
     args = randomised(cfg, 3), np.arange(9)[None], jnp.ones(9)
     plain, remat = (jitted_gradient(cfg, way)(*args) for way in ("none", how))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, remat)
+
+
+def test_attention_is_not_computed_again_where_products_are_kept(randomised):
+    """ "dots" keeps its outputs: exponentials stand in the forward and in the backward pass."""
+    cfg, exponentials = PARALLEL, {}
+    for way in ("none", "dots"):
+        jaxpr = jax.make_jaxpr(jitted_gradient(cfg, way))
+        text = str(jaxpr(randomised(cfg, 3), np.arange(9)[None], jnp.ones(9)))
+        exponentials[way] = text.count("= exp ")
+    assert exponentials["dots"] == exponentials["none"] > 0
 
 
 @pytest.mark.parametrize("name", OURS)

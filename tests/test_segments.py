@@ -133,13 +133,16 @@ def test_a_state_with_segments_is_refused(randomised):
         )
 
 
-def test_attention_by_blocks_of_queries_is_the_same(monkeypatch):
-    """Value and gradient, with a remainder block, documents in a row and shared heads."""
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("loop", [False, True])
+def test_attention_by_blocks_of_queries_is_the_same(loop, rows, monkeypatch):
+    """Value and gradient, with a remainder block, documents in a row and shared heads; the heads at
+    once and one by one, under one mask or one a row."""
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = ((2, 11, 4, 4), (2, 2, 11, 4), (2, 2, 11, 4))  # heads of keys and values come first
     q, k, v = (jax.random.normal(x, shape) for x, shape in zip(keys, shapes, strict=True))
-    seg = jnp.cumsum(jnp.arange(11) % 5 == 0)
-    mask = (jnp.tril(jnp.ones((11, 11), bool)) & (seg[:, None] == seg))[None, None]
+    seg = jnp.cumsum(jnp.arange(11) % jnp.array([[5], [4]]) == 0, axis=1)[:rows]
+    mask = (jnp.tril(jnp.ones((11, 11), bool)) & (seg[:, :, None] == seg[:, None]))[:, None]
 
     def value_and_grad(causal=False):
         return jax.value_and_grad(
@@ -148,6 +151,9 @@ def test_attention_by_blocks_of_queries_is_the_same(monkeypatch):
 
     whole = value_and_grad()
     monkeypatch.setattr(attention, "QUERIES", 4)
+    if loop:
+        monkeypatch.setattr(attention, "LOOPED", 1)
+        monkeypatch.setattr(attention, "CACHE", 0)
     for causal in (False, True):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),

@@ -40,9 +40,11 @@ FAMILY = {"mamba": mamba, "rwkv": rwkv, "neox": neox, "qwen3": qwen3}
 
 
 def _products(primitive, *args, **params) -> bool:
-    """Whether a result is kept in the backward pass: of matmuls, and of cuDNN's attention, whose
-    two (outputs, sums of the softmax) would cost its forward pass once more."""
-    if primitive.name.startswith("dot_product_attention_fwd"):
+    """Whether a result is kept in the backward pass: of matmuls, and of attention, whose two
+    (outputs, sums of the softmax) would cost its forward pass once more."""
+    if primitive.name.startswith("dot_product_attention_fwd") or (
+        primitive.name == "name" and params["name"] == attention.ATTENDED
+    ):
         return True
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
 

@@ -5,11 +5,13 @@ State: k, v [L,B,G,S,h] caches, `index` tokens written, `pos_B` next position of
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from .linear import at_least_f32, on_cuda, wide
 
@@ -17,8 +19,12 @@ from .linear import at_least_f32, on_cuda, wide
 # (any dtype and platform, the reference of the others), "cudnn": the library's fused kernel
 DEFAULT = {"gpu": "cudnn"}
 WIDEST_HEAD = 128  # that cuDNN's kernels take on every GPU that has them; a multiple of 8
+ATTENDED = "attended"  # name of what "blocks" gives, for policies of recomputing
 QUERIES = 128  # of a block of attention, at least
 MAX_BLOCKS = 16  # of one call: they are unrolled
+# a CPU takes the heads of a causal text one by one where a block's scores of all of them outgrow a
+# core's cache, bytes; short texts are faster at once (0.7 to 0.8 of the time at T = 128)
+CACHE, LOOPED = 2**21, 256
 
 
 def frequencies(base: float, rotated: int) -> np.ndarray:
@@ -104,10 +110,39 @@ def _blocks(causal: bool, T: int, S: int):
         yield slice(at, end), slice(0, end if causal else S)
 
 
-def _scores(q_BGnth, k_BGsh, mask_B1ts):
-    dtype = at_least_f32(q_BGnth.dtype)
-    scores = jnp.einsum("bgnth,bgsh->bgnts", q_BGnth, k_BGsh, preferred_element_type=dtype)
-    return jnp.where(mask_B1ts[:, :, None], scores, jnp.finfo(dtype).min / 2)
+def _scores(q_Nh, k_hs, mask_ts):
+    """Scores [N, s] of n heads' queries in one axis, N = n t."""
+    dtype = at_least_f32(q_Nh.dtype)
+    scores = jnp.matmul(q_Nh, k_hs, preferred_element_type=dtype)
+    scores_nts = scores.reshape(-1, *mask_ts.shape)
+    return jnp.where(mask_ts, scores_nts, jnp.finfo(dtype).min / 2).reshape(scores.shape)
+
+
+def _each(fn, arrays_BG, mask_B1TS, loop: bool):
+    """fn(*arrays, mask_TS) of every row and head of keys: at once, or in a loop over them.
+
+    The loop is for a CPU: its products are of plain matrices whose parts are no copies, and what a
+    head needs stays in the cache. Two heads a turn, so that there is work for two threads.
+    """
+    rows, (B, G) = mask_B1TS.shape[0], arrays_BG[0].shape[:2]
+    if not loop:
+        by_head = jax.vmap(fn, (0,) * len(arrays_BG) + (None,))
+        by_row = jax.vmap(by_head, (0,) * len(arrays_BG) + (None if rows == 1 else 0,))
+        return by_row(*arrays_BG, mask_B1TS[0, 0] if rows == 1 else mask_B1TS[:, 0])
+
+    def turn(_, slot):
+        i, arrays = slot
+        return None, fn(*arrays, mask_B1TS[0 if rows == 1 else i // G, 0])
+
+    flat = [a.reshape(B * G, *a.shape[2:]) for a in arrays_BG]
+    _, out = lax.scan(turn, None, (jnp.arange(B * G), flat), unroll=2)
+    return jax.tree.map(lambda a: a.reshape(B, G, *a.shape[1:]), out)
+
+
+def _looped(causal: bool, q_BGnTh) -> bool:
+    *heads, T, _ = q_BGnTh.shape
+    large = 4 * math.prod(heads) * QUERIES * T > CACHE
+    return causal and large and T >= LOOPED and jax.default_backend() == "cpu"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -117,37 +152,54 @@ def _attention(causal, q_BGnTh, k_BGSh, v_BGSh, mask_B1TS):
 
 
 def _forward(causal, q, k, v, mask):
-    ys, logs = [], []
-    for t, s in _blocks(causal, q.shape[3], k.shape[2]):
-        scores = _scores(q[..., t, :], k[:, :, s], mask[:, :, t, s])
-        top = scores.max(-1, keepdims=True)
-        e = jnp.exp(scores - top)
-        total = e.sum(-1, keepdims=True)
-        y = jnp.einsum("bgnts,bgsh->bgnth", e.astype(v.dtype), v[:, :, s])
-        ys.append((y / total).astype(v.dtype))  # dividing y touches less than dividing e
-        logs.append(top + jnp.log(total))
-    y, log = (jnp.concatenate(parts, axis=3) for parts in (ys, logs))
+    def one(q_nTh, k_Sh, v_Sh, mask_TS):
+        (n, T, h), k_hS, ys, logs = q_nTh.shape, k_Sh.T, [], []
+        for t, s in _blocks(causal, T, k_Sh.shape[0]):
+            scores = _scores(q_nTh[:, t].reshape(-1, h), k_hS[:, s], mask_TS[t, s])
+            top = scores.max(-1, keepdims=True)
+            e = jnp.exp(scores - top)
+            total = e.sum(-1, keepdims=True)
+            y = e.astype(v_Sh.dtype) @ v_Sh[s]
+            ys.append((y / total).astype(v_Sh.dtype))  # dividing y touches less than dividing e
+            logs.append(top + jnp.log(total))
+        return tuple(
+            jnp.concatenate([a.reshape(n, -1, a.shape[-1]) for a in parts], axis=1)
+            for parts in (ys, logs)
+        )
+
+    y, log = _each(one, (q, k, v), mask, _looped(causal, q))
+    y, log = checkpoint_name(y, ATTENDED), checkpoint_name(log, ATTENDED)
     return y, (q, k, v, mask, y, log)
 
 
 def _backward(causal, saved, g_BGnTh):
-    """With weights p: dv = p'g, ds = p (g v' - sum(g y)), dq = ds k, dk = ds'q."""
+    """With weights p: dv = p'g, ds = p (g v' - sum(g y)), dq = ds k, dk = ds'q.
+
+    dk and dv are summed up transposed: then only narrow matrices are, never p or ds.
+    """
     q, k, v, mask, y, log = saved
     dtype = at_least_f32(q.dtype)
     mean_BGnT1 = (wide(g_BGnTh) * wide(y)).sum(-1, keepdims=True)
-    dq, dk, dv = [], jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype)
-    for t, s in _blocks(causal, q.shape[3], k.shape[2]):
-        q_t, g_t, k_s, v_s = q[..., t, :], g_BGnTh[..., t, :], k[:, :, s], v[:, :, s]
-        p = jnp.exp(_scores(q_t, k_s, mask[:, :, t, s]) - log[..., t, :])
-        dp = jnp.einsum("bgnth,bgsh->bgnts", g_t, v_s, preferred_element_type=dtype)
-        ds = (p * (dp - mean_BGnT1[..., t, :])).astype(q.dtype)
-        dq.append(jnp.einsum("bgnts,bgsh->bgnth", ds, k_s))
-        into = "bgnts,bgnth->bgsh"
-        dk = dk.at[:, :, s].add(jnp.einsum(into, ds, q_t, preferred_element_type=dtype))
-        dv = dv.at[:, :, s].add(
-            jnp.einsum(into, p.astype(g_t.dtype), g_t, preferred_element_type=dtype)
-        )
-    return jnp.concatenate(dq, axis=3), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+    def one(q_nTh, k_Sh, v_Sh, g_nTh, log_nT1, mean_nT1, mask_TS):
+        n, T, h = q_nTh.shape
+        k_hS, v_hS = k_Sh.T, v_Sh.T
+        dq, dk, dv = [], jnp.zeros(k_hS.shape, dtype), jnp.zeros(v_hS.shape, dtype)
+        for t, s in _blocks(causal, T, k_Sh.shape[0]):
+            q_t, g_t, log_t, mean_t = (
+                a[:, t].reshape(-1, a.shape[-1]) for a in (q_nTh, g_nTh, log_nT1, mean_nT1)
+            )
+            p = jnp.exp(_scores(q_t, k_hS[:, s], mask_TS[t, s]) - log_t)
+            dp = jnp.matmul(g_t, v_hS[:, s], preferred_element_type=dtype)
+            ds = (p * (dp - mean_t)).astype(q_t.dtype)
+            dq.append((ds @ k_Sh[s]).reshape(n, -1, h))
+            dk = dk.at[:, s].add(jnp.matmul(q_t.T, ds, preferred_element_type=dtype))
+            p = p.astype(g_t.dtype)
+            dv = dv.at[:, s].add(jnp.matmul(g_t.T, p, preferred_element_type=dtype))
+        return jnp.concatenate(dq, axis=1), dk.T.astype(k_Sh.dtype), dv.T.astype(v_Sh.dtype)
+
+    arrays = (q, k, v, g_BGnTh, log, mean_BGnT1)
+    return *_each(one, arrays, mask, _looped(causal, q)), None
 
 
 _attention.defvjp(_forward, _backward)

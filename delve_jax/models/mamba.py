@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..config import MambaConfig
-from .linear import Linear, Norm, at_least_f32, wide
+from .linear import Linear, Norm, at_least_f32, in_rows, wide
 from .scan import selective_scan, starts_of
 
 FACTORABLE = ("in_proj", "out_proj")  # x_proj and dt_proj are narrow already
@@ -31,8 +31,12 @@ def causal_conv(u_BTE, kernel_WE, bias_E, state_BWE, segments_BT=None):
         past_BT = jnp.pad(segments_BT, ((0, 0), (width - 1, 0)), mode="edge")
         same = [past_BT[:, w : w + T] == segments_BT for w in range(width)]
         taps = [jnp.where(s[..., None], tap, 0) for s, tap in zip(same, taps, strict=True)]
-    y = sum(tap * kernel_WE[w].astype(u_BTE.dtype) for w, tap in enumerate(taps))
-    return y + bias_E.astype(u_BTE.dtype), padded[:, T:]
+    kernel_WE, bias_E = kernel_WE.astype(u_BTE.dtype), bias_E.astype(u_BTE.dtype)
+
+    def weighted(*taps):
+        return sum(tap * kernel_WE[w] for w, tap in enumerate(taps)) + bias_E
+
+    return in_rows(weighted, *taps), padded[:, T:]
 
 
 class Block(nn.Module):

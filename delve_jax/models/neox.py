@@ -7,6 +7,7 @@ State: the caches of `attention.py`.
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
 from ..config import NeoxConfig
 from .attention import angles_and_mask, attend, flops, frequencies, init_caches
@@ -17,6 +18,11 @@ MLP = ("mlp/up", "mlp/down")  # the last reads the neurons that the others make
 RESIDUAL = {"att/out": "in", "mlp/down": "out"}
 NORM = "layer"
 KEEP_WIDE = ()
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU as PyTorch computes it: jax.nn.gelu's erfc takes XLA:CPU 2.4 times as long."""
+    return 0.5 * x * (1 + lax.erf(x * 0.5**0.5))
 
 
 class Attention(nn.Module):
@@ -48,7 +54,7 @@ class Mlp(nn.Module):
         up = Linear(cfg.d_ffn, cfg.factored("mlp/up"), True, name="up")
         init = nn.initializers.normal(0.02 / (2 * cfg.n_layers) ** 0.5)
         down = Linear(cfg.d_model, cfg.factored("mlp/down"), True, init, name="down")
-        return down(nn.gelu(up(h_BTD), approximate=False))
+        return down(gelu(up(h_BTD)))
 
 
 class Block(nn.Module):

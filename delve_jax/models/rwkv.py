@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..config import RwkvConfig
-from .linear import Linear, Norm, at_least_f32, routed, wide
+from .linear import Linear, Norm, at_least_f32, in_rows, routed, wide
 from .scan import NEG, starts_of, wkv
 
 FACTORABLE = (
@@ -33,7 +33,7 @@ def shifted(h_BTD, last_BD, starts_BT=None):
 def mix(h_BTD, prev_BTD, m_D):
     """Interpolate an input with its predecessor, per channel."""
     m_D = m_D.astype(h_BTD.dtype)
-    return h_BTD * m_D + prev_BTD * (1 - m_D)
+    return in_rows(lambda h, prev: h * m_D + prev * (1 - m_D), h_BTD, prev_BTD)
 
 
 class TimeMix(nn.Module):

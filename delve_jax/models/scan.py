@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .linear import at_least_f32, on_cuda, wide
+from .linear import at_least_f32, in_rows, on_cuda, wide
 
 # (implementation, chunk length; None: the kernel's own); the chunk also bounds what the backward
 # pass recomputes. "cuda": texts in 16 or 32 bits on one NVIDIA GPU; else that of any accelerator.
@@ -112,6 +112,10 @@ def selective_scan(
     u, dt, b, c = (wide(a).swapaxes(0, 1) for a in (u_BTE, dt_BTE, B_BTN, C_BTN))
     starts = _time_first(starts_BT)
 
+    def passed(y_TBE):
+        y_BTE = in_rows(lambda y, u: y + D_E * u, y_TBE.swapaxes(0, 1), wide(u_BTE))
+        return y_BTE.astype(u_BTE.dtype)
+
     def one(s_BEN, x):
         dt_BE, du_BE, b_BN, c_BN, starts_B = x
         a_BEN = _decay(dt_BE[..., None] * A_EN, starts_B)
@@ -131,8 +135,7 @@ def selective_scan(
 
     if impl == "fused":
         y_TBE, state_BNE = _fused(chunk, dt, dt * u, A_EN.T, b, c, state_BEN.swapaxes(1, 2), starts)
-        y_BTE = y_TBE.swapaxes(0, 1) + D_E * wide(u_BTE)
-        return y_BTE.astype(u_BTE.dtype), state_BNE.swapaxes(1, 2)
+        return passed(y_TBE), state_BNE.swapaxes(1, 2)
     if impl == "sequential":
         body = functools.partial(lax.scan, one)
     elif impl in ("chunked", "associative"):
@@ -140,8 +143,7 @@ def selective_scan(
     else:
         raise ValueError(f"selective_scan: impl {impl!r}")
     state_BEN, y_TBE = _over_chunks(body, state_BEN, (dt, dt * u, b, c, starts), chunk)
-    y_BTE = y_TBE.swapaxes(0, 1) + D_E * wide(u_BTE)
-    return y_BTE.astype(u_BTE.dtype), state_BEN
+    return passed(y_TBE), state_BEN
 
 
 def _pad_chunks(chunk, xs):

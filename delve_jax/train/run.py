@@ -59,7 +59,7 @@ class Settings:
     clip: float | None = None
     z_loss: float = 0.0
     compute: str = "float32"  # of activations and matmuls; bfloat16 keeps float32 weights
-    remat: str = "auto"  # none, layer, dots; auto: layer for models above 1e8 parameters
+    remat: str = "auto"  # none, layer, dots; auto: layer above 1e8 parameters, dots on a CPU
     shard_sequence: bool = False  # T of the residual stream over the mesh's "model" axis
     across_documents: bool = False  # let documents in a row see each other
     trains: str = "all"  # of a DELVE: or only "experts", or only "joints" (hub, gate, pool)
