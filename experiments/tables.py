@@ -127,12 +127,14 @@ def training() -> str:
     r = json.loads((RESULTS / "training_cpu.json").read_text())
     lines = [
         "Products: the ratio of PyTorch's products with all maps alone, forward and backward, as "
-        "if all else took no time; by XLA: of XLA's, what ours could reach at most:",
+        "if all else took no time; by XLA: of XLA's, what ours could reach at most; kept: our time "
+        "over that of a step that keeps all for its backward pass:",
         "",
-        "| family | T | batch | ours, tokens/s | PyTorch, tokens/s | ratio | products | by XLA |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| family | T | batch | ours, tokens/s | PyTorch, tokens/s | ratio | products | by XLA | "
+        "kept |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    ceilings = ("ratio_of_products", "ratio_of_xla_products")
+    ceilings = ("ratio_of_products", "ratio_of_xla_products", "of_all_kept")
     for x in r["rows"]:
         rate = x["tokens_per_second"]
         lines.append(
