@@ -153,7 +153,6 @@ def test_attention_by_blocks_of_queries_is_the_same(loop, rows, monkeypatch):
     monkeypatch.setattr(attention, "QUERIES", 4)
     if loop:
         monkeypatch.setattr(attention, "LOOPED", 1)
-        monkeypatch.setattr(attention, "CACHE", 0)
     for causal in (False, True):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),

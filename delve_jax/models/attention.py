@@ -5,7 +5,6 @@ State: k, v [L,B,G,S,h] caches, `index` tokens written, `pos_B` next position of
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +21,9 @@ WIDEST_HEAD = 128  # that cuDNN's kernels take on every GPU that has them; a mul
 ATTENDED = "attended"  # name of what "blocks" gives, for policies of recomputing
 QUERIES = 128  # of a block of attention, at least
 MAX_BLOCKS = 16  # of one call: they are unrolled
-# a CPU takes the heads of a causal text one by one where a block's scores of all of them outgrow a
-# core's cache, bytes; short texts are faster at once (0.7 to 0.8 of the time at T = 128)
-CACHE, LOOPED = 2**21, 256
+# tokens from which a CPU takes the heads of a causal text one by one: 0.6 to 1.05 of the time, of
+# shorter ones 0.9 to 1.2 (results/attention_cpu.json)
+LOOPED = 512
 
 
 def frequencies(base: float, rotated: int) -> np.ndarray:
@@ -139,10 +138,8 @@ def _each(fn, arrays_BG, mask_B1TS, loop: bool):
     return jax.tree.map(lambda a: a.reshape(B, G, *a.shape[1:]), out)
 
 
-def _looped(causal: bool, q_BGnTh) -> bool:
-    *heads, T, _ = q_BGnTh.shape
-    large = 4 * math.prod(heads) * QUERIES * T > CACHE
-    return causal and large and T >= LOOPED and jax.default_backend() == "cpu"
+def _looped(causal: bool, T: int) -> bool:
+    return causal and T >= LOOPED and jax.default_backend() == "cpu"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -167,7 +164,7 @@ def _forward(causal, q, k, v, mask):
             for parts in (ys, logs)
         )
 
-    y, log = _each(one, (q, k, v), mask, _looped(causal, q))
+    y, log = _each(one, (q, k, v), mask, _looped(causal, q.shape[3]))
     y, log = checkpoint_name(y, ATTENDED), checkpoint_name(log, ATTENDED)
     return y, (q, k, v, mask, y, log)
 
@@ -199,7 +196,7 @@ def _backward(causal, saved, g_BGnTh):
         return jnp.concatenate(dq, axis=1), dk.T.astype(k_Sh.dtype), dv.T.astype(v_Sh.dtype)
 
     arrays = (q, k, v, g_BGnTh, log, mean_BGnT1)
-    return *_each(one, arrays, mask, _looped(causal, q)), None
+    return *_each(one, arrays, mask, _looped(causal, q.shape[3])), None
 
 
 _attention.defvjp(_forward, _backward)

@@ -1,7 +1,7 @@
 """Heads at once or one by one: which way of causal attention is faster on a CPU?
 
 taskset -c 0,1 python experiments/benchmarks/attention.py [--repeats 11]
-Sets `CACHE` and `LOOPED` in models/attention.py. Two CPU cores, float32, random numbers, forward
+Sets `LOOPED` in models/attention.py. Two CPU cores, float32, random numbers, forward
 and with the gradients. PyTorch's scaled_dot_product_attention stands beside.
 """
 
@@ -38,12 +38,11 @@ def ours(arrays, looped: int, gradients: bool):
         y, backward = jax.vjp(run, q, k, v)
         return y, *backward(g)
 
-    before = attention.LOOPED, attention.CACHE
-    attention.LOOPED, attention.CACHE = looped, 0
+    before, attention.LOOPED = attention.LOOPED, looped
     program = jax.jit(both if gradients else run)
     args = (q, k, v, g)[: 4 if gradients else 3]
     program = program.lower(*args).compile()
-    attention.LOOPED, attention.CACHE = before
+    attention.LOOPED = before
     return lambda: jax.block_until_ready(program(*args))
 
 
@@ -85,7 +84,7 @@ def measure(shape, gradients: bool, repeats: int) -> dict:
                 raise SystemExit(f"{shape}, {side}: {apart:.2g} from at once")
     row = dict(zip(("batch", "T", "heads", "kv_heads", "head_dim"), shape, strict=True))
     row |= {"gradients": gradients, **summary(seconds)}
-    looped = attention._looped(True, np.empty((B, G, H // G, T, h), np.int8))
+    looped = attention._looped(True, T)
     median = row["seconds"]
     return row | {
         "chosen": "one by one" if looped else "at once",

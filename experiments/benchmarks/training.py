@@ -3,15 +3,15 @@
 taskset -c 0,1 python experiments/benchmarks/training.py [--only NAME ...] [--repeats 7]
 Two CPU cores. Other work starves PyTorch's OpenMP threads, so a row taken under load (its `load`
 above 3) reads too high: repeat it. Ratio to PyTorch eager, quiet, on four machines, the last with
-attention and gains' gradients written anew: neox 0.83, 0.70, 0.64, 0.69 (2 x 256), 0.81, 0.58, 0.65,
-0.74 (1 x 1024); qwen3 0.89, 0.68, 0.69, 0.79 and 0.86, 0.60, 0.60, 0.82; rwkv 1.7, 2.2, 2.4, 2.8 and
-2.7, 4.2, 4.7, 5.8; mamba 43 to 49, 57 to 94 (transformers has no kernel on a CPU). Sides of their
-own: a step that keeps all for its backward pass (`--remat none`), and the products with all maps
-alone, forward and backward, PyTorch's and XLA's: how fast a program would be in which nothing else
-took time. Tried beside the plain step before that,
-neox 2 x 256: weight gradients from a transposed copy, the scan over layers unrolled, both, XLA's
-oneDNN products (--xla_cpu_use_onednn) and YNNPACK's (--xla_cpu_experimental_ynn_fusion_type), jax
-0.11.2: none made a step faster beyond the noise. Nor did a step on a tree a layer, in which nothing
+attention and gains' gradients written anew: neox 0.83, 0.70, 0.64, 0.69 (2 x 256), 0.81, 0.58,
+0.65, 0.74 (1 x 1024); qwen3 0.89, 0.68, 0.69, 0.79 and 0.86, 0.60, 0.60, 0.82; rwkv 1.7, 2.2, 2.4,
+2.8 and 2.7, 4.2, 4.7, 5.8; mamba 43 to 49, 57 to 94 (transformers has no kernel on a CPU). Sides of
+their own: a step that keeps all for its backward pass (`--remat none`), and the products with all
+maps alone, forward and backward, PyTorch's and XLA's: how fast a program would be in which nothing
+else took time. Tried beside the plain step before attention was written anew, neox 2 x 256: weight
+gradients from a transposed copy, the scan over layers unrolled, both, XLA's oneDNN products
+(--xla_cpu_use_onednn) and YNNPACK's (--xla_cpu_experimental_ynn_fusion_type), jax 0.11.2: none made
+a step faster beyond the noise. Nor did a step on a tree a layer, in which nothing
 is stacked or sliced: 0.82 to 1.04 times as long in six calls (neox and qwen3, both lengths), median
 0.97. A malloc that hands no pages back (MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0
 MALLOC_TRIM_THRESHOLD_=9999999999 MALLOC_TOP_PAD_=1000000000) saves a step its 58,000 page faults:
