@@ -35,6 +35,7 @@ from delve_jax.config import (
     RwkvConfig,
 )
 from delve_jax.metrics import read_metrics
+from delve_jax.models import attention
 from delve_jax.train import loop
 from delve_jax.train.loop import init_state
 from delve_jax.train.run import Settings, pretrain
@@ -298,6 +299,11 @@ def test_half_a_cluster_in_the_environment_is_named(monkeypatch):
         parallel.start(None)
 
 
+def test_rows_of_attention_stay_where_they_are(eight):
+    """A long text on several CPU devices: no device computes the heads of another's rows."""
+    assert eight["attention"] == 0
+
+
 def test_a_state_is_never_whole_on_a_device(eight):
     """From random weights and from given ones: the first arrays that exist are split already."""
     for name in ("made", "given", "trained"):
@@ -424,6 +430,15 @@ def _eight_devices() -> dict:
         found = look.evaluate(source, [work / "text.txt"], mesh=on)
         said = look.generate(source, "def area(", max_new_tokens=8, mesh=on)
         out[f"read on {name}"] = found["nll_per_token"], said["tokens"]
+
+    heads = np.ones((8, attention.LOOPED, 2, 8), np.float32)
+    keys, mask = heads.swapaxes(1, 2), np.tri(attention.LOOPED, dtype=bool)[None, None]
+    attend = lambda *qkv: attention.weighted(*qkv, mask, causal=True).sum()  # noqa: E731
+    rows = jax.device_put(
+        (heads, keys, keys), parallel.batch_sharding(parallel.make_mesh("data=8"))
+    )
+    program = jax.jit(jax.grad(attend, argnums=(0, 1, 2))).lower(*rows).compile()
+    out["attention"] = program.as_text().count("all-gather")
     return out
 
 

@@ -153,6 +153,7 @@ def test_attention_by_blocks_of_queries_is_the_same(loop, rows, monkeypatch):
     monkeypatch.setattr(attention, "QUERIES", 4)
     if loop:
         monkeypatch.setattr(attention, "LOOPED", 1)
+    assert attention._looped(True, 11) == loop
     for causal in (False, True):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),

@@ -22,7 +22,7 @@ ATTENDED = "attended"  # name of what "blocks" gives, for policies of recomputin
 QUERIES = 128  # of a block of attention, at least
 MAX_BLOCKS = 16  # of one call: they are unrolled
 # tokens from which a CPU takes the heads of a causal text one by one: 0.6 to 1.05 of the time, of
-# shorter ones 0.9 to 1.2 (results/attention_cpu.json)
+# shorter ones 0.7 to 1.3 (results/attention_cpu.json)
 LOOPED = 512
 
 
@@ -139,7 +139,9 @@ def _each(fn, arrays_BG, mask_B1TS, loop: bool):
 
 
 def _looped(causal: bool, T: int) -> bool:
-    return causal and T >= LOOPED and jax.default_backend() == "cpu"
+    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+        return False  # XLA cannot split a loop over devices: each would do all rows and heads
+    return causal and T >= LOOPED
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

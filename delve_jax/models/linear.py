@@ -76,8 +76,8 @@ _wider.defvjp(lambda x, w, out: (_wider(x, w, out), (x, w)), _wider_backward)
 def in_rows(fn: Callable, *xs: jax.Array) -> jax.Array:
     """fn(*xs [.., D]) -> [.., D], row by row; on a CPU the leading axes are one in it.
 
-    XLA:CPU takes up to 8 times as long for the gradient of a gain or a bias where it is the sum
-    over a batch of one row and its tokens.
+    XLA:CPU takes 7 times as long for the gradients of gains and biases where they are sums over a
+    batch of one row and its tokens (results/forms_cpu.json).
     """
     if jax.default_backend() != "cpu":
         return fn(*xs)  # a reshape may move what is spread over devices

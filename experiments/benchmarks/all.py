@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("scans", "attention", "training", "prefill", "decode", "generate", "growth", "loading",
-         "data", "loop", "memory")  # fmt: skip
+NAMES = ("scans", "attention", "forms", "training", "prefill", "decode", "generate", "growth",
+         "loading", "data", "loop", "memory")  # fmt: skip
 
 
 def main():

@@ -1,8 +1,8 @@
 """Heads at once or one by one: which way of causal attention is faster on a CPU?
 
-taskset -c 0,1 python experiments/benchmarks/attention.py [--repeats 11]
-Sets `LOOPED` in models/attention.py. Two CPU cores, float32, random numbers, forward
-and with the gradients. PyTorch's scaled_dot_product_attention stands beside.
+taskset -c 0,1 python experiments/benchmarks/attention.py [--only forward]
+Sets `LOOPED` in models/attention.py. Two CPU cores, 2 minutes, float32, random numbers, forward and
+with the gradients. PyTorch's scaled_dot_product_attention stands beside.
 """
 
 import os
@@ -94,9 +94,7 @@ def measure(shape, gradients: bool, repeats: int) -> dict:
 
 
 def main():
-    parser = arguments(__doc__, "attention_cpu", ("forward", "gradients"))
-    parser.set_defaults(repeats=11)
-    flags = parser.parse_args()
+    flags = arguments(__doc__, "attention_cpu", ("forward", "gradients")).parse_args()
     quiet_torch()
     rows = old_rows(flags.out)
     key = ("batch", "T", "heads", "kv_heads", "head_dim", "gradients")
@@ -104,7 +102,7 @@ def main():
         for what in flags.only:
             one = lambda: measure(shape, what == "gradients", flags.repeats)  # noqa: B023, E731
             rows = add_row(rows, key, one)
-            write(flags.out, rows, torch=torch.__version__, repeats=flags.repeats)
+            write(flags.out, rows, seed=0, torch=torch.__version__, repeats=flags.repeats)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,135 @@
+"""How long does a CPU take for forms of the same function that XLA treats differently?
+
+taskset -c 0,1 python experiments/benchmarks/forms.py [--only NAME ...]
+Two CPU cores, float32; about 3 minutes. The first side of a row is the form that models/ and train/
+use on a CPU, the other the plain one: LayerNorm and RWKV's mix with the leading axes in one or not
+(`linear.in_rows`, gradients), GELU by erf or erfc (`neox.gelu`, with its gradient), and a healing
+step of the quickstart's DELVE (8 x 256 tokens, four teachers) that keeps what its products gave or
+all (`--remat`; after `make quickstart`).
+"""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # before jax starts
+
+import dataclasses
+import importlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from turns import add_row, arguments, old_rows, summary, turns, write
+
+from delve_jax import checkpoint, parallel, parents, upcycle
+from delve_jax.models import neox, rwkv
+from delve_jax.train.loop import init_state
+from delve_jax.train.run import Settings, step_of
+
+linear = importlib.import_module("delve_jax.models.linear")  # `models.linear` is its function
+ROOT = Path(__file__).resolve().parents[2]
+SHAPES = ((1, 1024, 512), (2, 256, 512))  # B, T, D
+NAMES = ("norm", "mix", "gelu", "heal")
+APART = 1e-4  # of the largest number of a result: sums of 1,024 products in another order
+
+
+def gradients(fn, *args):
+    """-> function: the value of fn and its gradients by all arguments, for random cotangents."""
+    g = draw(args[-1].shape, seed=1)  # x itself would be no gradient of a norm's
+
+    def both(*args):
+        y, backward = jax.vjp(fn, *args)
+        return y, backward(g)
+
+    program = jax.jit(both).lower(*args).compile()
+    return lambda: jax.block_until_ready(program(*args))
+
+
+def draw(shape, seed: int = 0) -> jax.Array:
+    """Normal numbers."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
+
+
+def plain(fn):
+    """fn traced with the leading axes as they are."""
+
+    def traced(*args):
+        rows, linear.in_rows = linear.in_rows, lambda fn, *xs: fn(*xs)
+        rwkv.in_rows = linear.in_rows
+        try:
+            return fn(*args)
+        finally:
+            linear.in_rows = rwkv.in_rows = rows
+
+    return traced
+
+
+def sides(what: str, shape) -> dict:
+    """{form: function}, the used one first."""
+    x, gain = draw(shape), jnp.ones(shape[-1])
+    if what == "norm":
+        norm = lambda scale, bias, x: linear.layer_norm({"scale": scale, "bias": bias}, x, 1e-5)  # noqa: E731
+        args = gain, gain, x
+        return {"rows": gradients(norm, *args), "plain": gradients(plain(norm), *args)}
+    if what == "mix":
+        mix = lambda m, prev, h: rwkv.mix(h, prev, m)  # noqa: E731
+        args = gain / 3, x[:, ::-1], x
+        return {"rows": gradients(mix, *args), "plain": gradients(plain(mix), *args)}
+    by_erfc = lambda x: jax.nn.gelu(x, approximate=False)  # noqa: E731
+    return {"erf": gradients(neox.gelu, x), "erfc": gradients(by_erfc, x)}
+
+
+def healing() -> tuple[dict, dict]:
+    """({--remat: function that makes a step and gives its loss}, scratch memory [bytes])."""
+    cfg, params = checkpoint.restore(ROOT / "out" / "quickstart" / "fused")[:2]
+    params = jax.tree.map(lambda a: np.asarray(a, np.float32), params)
+    cfg = dataclasses.replace(cfg, dtype="float32")
+    taught = [parents.load(place, dtype="float32")[:2] for place in upcycle.embedded_parents()]
+    taught = [(dataclasses.replace(c, dtype="float32"), p) for c, p in taught]
+    frozen = {"weights": np.full(len(taught), 1 / len(taught), np.float32),
+              "teachers": tuple(t[1] for t in taught)}  # fmt: skip
+    mesh = parallel.make_mesh("data=1")
+    tokens = np.random.default_rng(0).integers(1, cfg.vocab_size, (8, 257)).astype(np.int32)
+    steps, memory = {}, {}
+    for remat in ("dots", "none"):
+        settings = Settings(tokens=10**6, batch=8, window=256, remat=remat)
+        step, abstract = step_of(cfg, tuple(t[0] for t in taught), settings, mesh)
+        optimizer = settings.make_optimizer(settings.steps(256))
+        state = jax.jit(lambda p, o=optimizer: init_state(p, o))(params)
+        program = step.lower(*abstract).compile()
+        memory[remat] = program.memory_analysis().temp_size_in_bytes
+
+        def once(program=program, box=[state]):  # noqa: B006  (its own box)
+            box[0], metrics = program(box[0], frozen, tokens, np.int32(0))
+            return float(metrics["loss"])
+
+        steps[remat] = once
+    return steps, memory
+
+
+def measure(what: str, shape, repeats: int) -> dict:
+    """One row; SystemExit where the forms do not agree."""
+    forms, memory = healing() if what == "heal" else (sides(what, shape), {})
+    seconds, given = turns(forms, repeats)
+    used, other = forms
+    for a, b in zip(*(jax.tree.leaves(given[side]) for side in (used, other)), strict=True):
+        apart = float(jnp.abs(a - b).max() / jnp.abs(b).max())
+        if not apart <= APART:
+            raise SystemExit(f"{what} {shape}: {apart:.2g} from each other")
+    row = {"what": what, "shape": list(shape), "used": used, **summary(seconds)}
+    row["ratio"] = row["seconds"][used] / row["seconds"][other]
+    return row | ({"scratch_bytes": memory} if memory else {})
+
+
+def main():
+    flags = arguments(__doc__, "forms_cpu", NAMES).parse_args()
+    rows = old_rows(flags.out)
+    for what in flags.only:
+        for shape in ((8, 256),) if what == "heal" else SHAPES:
+            one = lambda: measure(what, shape, flags.repeats)  # noqa: B023, E731
+            rows = add_row(rows, ("what", "shape"), one)
+            write(flags.out, rows, seed=0, repeats=flags.repeats)
+
+
+if __name__ == "__main__":
+    main()
