@@ -23,6 +23,7 @@ from .models import delve
 
 CONNECTORS = ("hub", "cross", "self", "none")
 ROWS = 4096  # tokens that are looked at together
+ROUNDING = 1e-10  # squares: what two float32 programs of the same streams may differ by, and more
 LOGITS_BYTES = 2**29  # of the float32 logits of all parents, where these many are less
 
 
@@ -180,10 +181,11 @@ def warm_hub(
             pair = own[:2] if cfg.connectors == "self" else (a[here], b[:, here])
             for kept, new in zip(maps[n], pair, strict=True):
                 kept.append(new)
-        lost = float(ee.sum())  # nothing, where the streams are dense: then there is no share
+        lost = float(ee.sum())
+        exact = lost <= ROUNDING * float(np.trace(xx))  # dense streams: there is no share of nothing
         for key, part in (("r2", fits), ("r2_self", explained["own"]),
                           ("r2_others", explained["others"])):  # fmt: skip
-            report[key].append(part / lost if lost else None)
+            report[key].append(None if exact else part / lost)
     for n in cfg.names:
         a_SDr, b_SrD = (jnp.asarray(np.stack(m), jnp.float32) for m in maps[n])
         hub[n] |= {"a": a_SDr, "b": b_SrD, "g": jnp.zeros_like(hub[n]["g"])}

@@ -1,7 +1,9 @@
 """Every test: JAX on the CPU, matmuls in full float32, compiled programs cached between runs.
 
 Set before jax is imported anywhere. Tests that need several devices start their own process.
-LLVM's optimisation is off: the models are tiny, and compiling them takes three times as long with.
+Compiling takes most of the time, the models are tiny: LLVM's optimisation is off (a third of the
+time), and so are XLA's emitters of fused loops, each of which loads all of MLIR anew (test_delve:
+161 CPU seconds with, 68 without). The quickstart, a part of CI, runs with them.
 Most of what is left is tracing in Python: programs do without the places they come from, and the
 collector of garbage looks less often (three of the files, one run each: 162 s to 127 s).
 Compiled programs are dropped before a process holds more memory maps than Linux lets it have.
@@ -19,8 +21,9 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if "xla_backend_optimization_level" not in (flags := os.environ.get("XLA_FLAGS", "")):
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
+for flag in ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"):
+    if flag.partition("=")[0] not in (flags := os.environ.get("XLA_FLAGS", "")):
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

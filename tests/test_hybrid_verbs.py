@@ -57,12 +57,11 @@ TOKENS = np.random.default_rng(0).integers(0, 300, (2, 12))
 
 
 def in_two_processes(*argv) -> None:
-    """`delve` as two processes with a device each, both to their end; compiled in a hurry."""
+    """`delve` as two processes with a device each, both to their end."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         where = f"127.0.0.1:{s.getsockname()[1]},2"
-    hurry = "--xla_backend_optimization_level=0"
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "XLA_FLAGS": hurry}
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     argv = [sys.executable, "-m", "delve_jax", *map(str, argv), "--distributed"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     both = [subprocess.Popen([*argv, f"{where},{i}"], env=env, text=True, **pipes) for i in (0, 1)]
