@@ -182,7 +182,7 @@ def warm_hub(
             for kept, new in zip(maps[n], pair, strict=True):
                 kept.append(new)
         lost = float(ee.sum())
-        exact = lost <= ROUNDING * float(np.trace(xx))  # dense streams: there is no share of nothing
+        exact = lost <= ROUNDING * float(np.trace(xx))  # dense streams: of nothing is no share
         for key, part in (("r2", fits), ("r2_self", explained["own"]),
                           ("r2_others", explained["others"])):  # fmt: skip
             report[key].append(None if exact else part / lost)
