@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh
 from delve_jax import DelveError, checkpoint, models, parallel
 from delve_jax.config import DelveConfig, MambaConfig, NeoxConfig, RwkvConfig
 from delve_jax.train import optim
+from delve_jax.train.loop import update_if
 
 LR, ADAM_LR = 0.02, 0.003
 SHARED = dict(vocab_size=11, vocab_rows=11, d_model=8)
@@ -475,6 +476,44 @@ def test_state_is_saved_and_restored(factored, tmp_path):
     step, back = steps.restore(parallel.abstract(parallel.make_mesh(None), {"opt": state}))
     assert step == 2 and jax.tree.structure(back["opt"]) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, back["opt"], state)
+
+
+@pytest.mark.parametrize("size", [1e-3, 0.5, 30.0])
+def test_clipping_is_that_of_optax(size):
+    r = np.random.default_rng(0)
+    grads = {"a": r.normal(size=(7, 3)), "b": {"c": r.normal(size=5)}}
+    grads = jax.tree.map(lambda x: jnp.asarray(size * x, jnp.float32), grads)
+    grads["b"]["c"] = grads["b"]["c"].astype(jnp.bfloat16)
+    both = (clip.update(grads, clip.init(grads))[0]
+            for clip in (optim.clipped(1.5), optax.clip_by_global_norm(1.5)))  # fmt: skip
+    for got, want in zip(*map(jax.tree.leaves, both), strict=True):
+        assert got.dtype == want.dtype
+        rtol = 1e-6 if want.dtype == jnp.float32 else 1e-2
+        np.testing.assert_allclose(np.float64(got), np.float64(want), rtol=rtol)
+    nothing = jax.tree.map(jnp.zeros_like, grads)
+    assert not any(np.any(np.float64(x)) for x in
+                   jax.tree.leaves(optim.clipped(1.5).update(nothing, ())[0]))  # fmt: skip
+
+
+@pytest.mark.parametrize("branch", [True, False])
+def test_a_step_is_left_out_alike_by_a_branch_and_element_by_element(branch):
+    """The one is for CPUs, the other for accelerators: update_if."""
+    optimizer = optim.adamw(lambda _: 0.1)
+    params = {"a": {"kernel": jnp.arange(6.0).reshape(2, 3)}}
+    old = {"params": params, "opt": optimizer.init(params)}
+
+    def update(old, grads):
+        updates, opt = optimizer.update(grads, old["opt"], old["params"])
+        return {"params": optax.apply_updates(old["params"], updates), "opt": opt}
+
+    step = jax.jit(lambda good, old, grads: update_if(good, update, old, grads, branch))
+    for good, grad in ((True, 1.0), (False, np.nan), (False, 1.0), (True, -2.0)):
+        grads = jax.tree.map(lambda a, g=grad: jnp.full_like(a, g), params)
+        new, want = step(good, old, grads), update(old, grads) if good else old
+        rtol = 1e-6 if good else 0
+        for got, expected in zip(*map(jax.tree.leaves, (new, want)), strict=True):
+            np.testing.assert_allclose(got, expected, rtol=rtol)
+        old = new
 
 
 def test_adamw_decays_kernels_and_factors_only():

@@ -52,16 +52,25 @@ def init_state(params, optimizer) -> dict:
     return {"params": params, "opt": optimizer.init(params), "skipped": jnp.zeros(2, jnp.int32)}
 
 
+def update_if(good, update, old, grads, branch: bool):
+    """update(old, grads) where `good`, else old: by a branch or element by element.
+
+    By a branch on a CPU: XLA has a fusion for each result there, and to choose between old and new
+    it would copy both moments (results/forms_cpu.json). An accelerator updates weight and moments
+    in one kernel, and would wait for the host at a branch.
+    """
+    if branch:
+        return lax.cond(good, update, lambda old, _: old, old, grads)
+    return jax.tree.map(lambda a, b: jnp.where(good, a, b), update(old, grads), old)
+
+
 def make_step(loss_fn, optimizer, mesh, state, frozen, accumulate: int = 1):
     """The compiled step (state, frozen, tokens, index) -> (state, metrics), sharded on `mesh`.
 
     `state` and `frozen` may be abstract; state (donated) is that of `init_state`. tokens: [B, T+1],
     or [accumulate, B, T+1]: the mean gradient over the first axis is taken before the update.
     index: number of the step, for losses whose weights or draws change with it.
-    A step that is not finite changes nothing. On a CPU by a branch: XLA has a fusion for each
-    result there, and choosing old or new element by element would keep both moments alive, copied
-    (AdamW of the benchmark's neox: 80 ms and 109 MB so, 27 ms and nothing by a branch with `clip`).
-    An accelerator updates all three in one kernel, and a branch would wait for the host.
+    A step that is not finite changes nothing.
     """
     shard_state = parallel.shardings(mesh, state)
     shard_frozen = parallel.shardings(mesh, frozen)
@@ -91,10 +100,7 @@ def make_step(loss_fn, optimizer, mesh, state, frozen, accumulate: int = 1):
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         old = {k: state[k] for k in ("params", "opt")}
-        if on_cpu:
-            new = lax.cond(good, update, lambda old, _: old, old, grads)
-        else:
-            new = jax.tree.map(lambda a, b: jnp.where(good, a, b), update(old, grads), old)
+        new = update_if(good, update, old, grads, branch=on_cpu)
         total, row = state["skipped"]
         new["skipped"] = jnp.stack([total + ~good, jnp.where(good, 0, row + 1)])
         metrics = {"loss": loss, "grad_norm": norm, **metrics, "skipped": new["skipped"]}

@@ -3,9 +3,11 @@
 taskset -c 0,1 python experiments/benchmarks/forms.py [--only NAME ...]
 Two CPU cores, float32; about 3 minutes. The first side of a row is the form that models/ and train/
 use on a CPU, the other the plain one: LayerNorm and RWKV's mix with the leading axes in one or not
-(`linear.in_rows`, gradients), GELU by erf or erfc (`neox.gelu`, with its gradient), and a healing
-step of the quickstart's DELVE (8 x 256 tokens, four teachers) that keeps what its products gave or
-all (`--remat`; after `make quickstart`).
+(`linear.in_rows`, gradients), GELU by erf or erfc (`neox.gelu`, with its gradient), AdamW of the
+benchmark's neox (16.8M parameters; clipping by one product, a bad step left out by a branch, or
+optax's clipping and a choice for each element; `loop.update_if`), and a healing step of the
+quickstart's DELVE (8 x 256 tokens, four teachers) that keeps what its products gave or all
+(`--remat`; after `make quickstart`).
 """
 
 import os
@@ -19,17 +21,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from training import config
 from turns import add_row, arguments, old_rows, summary, turns, write
 
-from delve_jax import checkpoint, parallel, parents, upcycle
+from delve_jax import checkpoint, models, parallel, parents, upcycle
 from delve_jax.models import neox, rwkv
-from delve_jax.train.loop import init_state
+from delve_jax.train import optim
+from delve_jax.train.loop import init_state, update_if
 from delve_jax.train.run import Settings, step_of
 
 linear = importlib.import_module("delve_jax.models.linear")  # `models.linear` is its function
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ((1, 1024, 512), (2, 256, 512))  # B, T, D
-NAMES = ("norm", "mix", "gelu", "heal")
+WHOLE = {"update": (16_804_864,), "heal": (8, 256)}  # rows of one shape
+NAMES = ("norm", "mix", "gelu", *WHOLE)
 APART = 1e-4  # of the largest number of a result: sums of 1,024 products in another order
 
 
@@ -79,6 +85,40 @@ def sides(what: str, shape) -> dict:
     return {"erf": gradients(neox.gelu, x), "erfc": gradients(by_erfc, x)}
 
 
+def updating() -> tuple[dict, dict]:
+    """({form: function that updates once and gives the embedding}, scratch memory [bytes])."""
+    params = models.init_params(config("neox", 256), jax.random.key(0))
+    # of norm 41 in all: clipped
+    grads = jax.tree.map(lambda a: 1e-2 * draw(a.shape), params)
+    dividing = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(1e-3, b2=0.95, weight_decay=0.0)
+    )
+    steps, memory = {}, {}
+    for form, optimizer, branch in (
+        ("branch", optim.adamw(lambda _: 1e-3, weight_decay=0.0), True),
+        ("select", dividing, False),
+    ):
+
+        def update(old, grads, optimizer=optimizer):
+            updates, opt = optimizer.update(grads, old["opt"], old["params"])
+            return {"params": optax.apply_updates(old["params"], updates), "opt": opt}
+
+        def step(old, grads, update=update, branch=branch):
+            good = jnp.isfinite(optax.tree.norm(grads))
+            return update_if(good, update, old, grads, branch)
+
+        state = jax.tree.map(jnp.copy, {"params": params, "opt": optimizer.init(params)})
+        program = jax.jit(step, donate_argnums=0).lower(state, grads).compile()
+        memory[form] = program.memory_analysis().temp_size_in_bytes
+
+        def once(program=program, box=[state]):  # noqa: B006  (its own box)
+            box[0] = jax.block_until_ready(program(box[0], grads))
+            return np.asarray(box[0]["params"]["embed"]["kernel"])
+
+        steps[form] = once
+    return steps, memory
+
+
 def healing() -> tuple[dict, dict]:
     """({--remat: function that makes a step and gives its loss}, scratch memory [bytes])."""
     cfg, params = checkpoint.restore(ROOT / "out" / "quickstart" / "fused")[:2]
@@ -109,7 +149,8 @@ def healing() -> tuple[dict, dict]:
 
 def measure(what: str, shape, repeats: int) -> dict:
     """One row; SystemExit where the forms do not agree."""
-    forms, memory = healing() if what == "heal" else (sides(what, shape), {})
+    whole = {"update": updating, "heal": healing}
+    forms, memory = whole[what]() if what in whole else (sides(what, shape), {})
     seconds, given = turns(forms, repeats)
     used, other = forms
     for a, b in zip(*(jax.tree.leaves(given[side]) for side in (used, other)), strict=True):
@@ -125,7 +166,7 @@ def main():
     flags = arguments(__doc__, "forms_cpu", NAMES).parse_args()
     rows = old_rows(flags.out)
     for what in flags.only:
-        for shape in ((8, 256),) if what == "heal" else SHAPES:
+        for shape in (WHOLE[what],) if what in WHOLE else SHAPES:
             one = lambda: measure(what, shape, flags.repeats)  # noqa: B023, E731
             rows = add_row(rows, ("what", "shape"), one)
             write(flags.out, rows, seed=0, repeats=flags.repeats)

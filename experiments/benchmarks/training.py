@@ -2,10 +2,11 @@
 
 taskset -c 0,1 python experiments/benchmarks/training.py [--only NAME ...] [--repeats 7]
 Two CPU cores. Other work starves PyTorch's OpenMP threads, so a row taken under load (its `load`
-above 3) reads too high: repeat it. Ratio to PyTorch eager, quiet, on four machines, the last with
-attention and gains' gradients written anew: neox 0.83, 0.70, 0.64, 0.69 (2 x 256), 0.81, 0.58,
-0.65, 0.74 (1 x 1024); qwen3 0.89, 0.68, 0.69, 0.79 and 0.86, 0.60, 0.60, 0.82; rwkv 1.7, 2.2, 2.4,
-2.8 and 2.7, 4.2, 4.7, 5.8; mamba 43 to 49, 57 to 94 (transformers has no kernel on a CPU). Sides of
+above 3) reads too high: repeat it. Ratio to PyTorch eager, quiet, in five measurements, before the
+last two attention and gains' gradients, before the last AdamW's update was written anew: neox 0.83,
+0.70, 0.64, 0.69, 0.83 (2 x 256), 0.81, 0.58, 0.65, 0.74, 0.72 (1 x 1024); qwen3 0.89, 0.68, 0.69,
+0.79, 0.92 and 0.86, 0.60, 0.60, 0.82, 0.91; rwkv 1.7, 2.2, 2.4, 2.8, 3.1 and 2.7, 4.2, 4.7, 5.8,
+6.2; mamba 43 to 49, 56 to 94 (transformers has no kernel on a CPU). Sides of
 their own: a step that keeps all for its backward pass (`--remat none`), and the products with all
 maps alone, forward and backward, PyTorch's and XLA's: how fast a program would be in which nothing
 else took time. Tried beside the plain step before attention was written anew, neox 2 x 256: weight
