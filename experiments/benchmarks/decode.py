@@ -6,8 +6,8 @@ sides make 1 and then 64 tokens in turn; the difference, over 63, is a step's ti
 transformers (eager) for one row of every family; a DELVE (mamba, rwkv and neox at keep 0.5) at 0.5
 of its bound, that is bytes which a step has to move over the bandwidth measured in the same turns,
 where its weights are at least 4 times the last-level cache. "ours, stacked" is the same loop over
-stacked layers (of a DELVE: over superblocks), which backs `lm.layers_apart`. Run at width 512 so
-far, mamba and the DELVE at 1,024; the DELVE alone: --only delve --widths 1024.
+stacked layers (of a DELVE: over superblocks), which backs `lm.layers_apart`. The DELVE alone:
+--only delve --widths 1024.
 Transformers' mamba and rwkv run without kernels: those that exist need a GPU.
 """
 
