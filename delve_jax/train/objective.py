@@ -63,8 +63,9 @@ def sampled_kl(logits_BTV: jax.Array, ids_BTS, counts_BTS, entropy_BT) -> jax.Ar
 
 def default_remat(cfg) -> str:
     """Layers are recomputed where the model is large enough for it to pay; on a CPU all but the
-    products is for any: a step takes 0.92 to 1.01 of the time (results/training_cpu.json; healing
-    the quickstart's DELVE 0.92, results/forms_cpu.json), in less than half of the memory."""
+    products is for any: a step takes 0.84 to 0.98 of the time, Mamba's 1.02 and 1.08 (results/
+    training_cpu.json; healing the quickstart's DELVE 0.92, results/forms_cpu.json), in less than
+    half of the memory."""
     if models.count(cfg) > REMAT_ABOVE:
         return "layer"
     return "dots" if jax.default_backend() == "cpu" else "none"

@@ -240,8 +240,7 @@ def adamh(
         for mine in (True, False):
             part = {p: x for p, x in g.items() if on_sphere(p) == mine}
             if part:
-                scale = jnp.minimum(1.0, clip / jnp.maximum(optax.tree.norm(part), TINY))
-                g |= {p: x * scale.astype(x.dtype) for p, x in part.items()}
+                g |= clipped(clip).update(part, ())[0]
         out = {}
         for p, x in w.items():
             mu[p], nu[p], u = adam(g[p], mu[p], nu[p], t)
