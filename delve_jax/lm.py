@@ -46,11 +46,15 @@ class LM:
         """compute: dtype of activations and matmuls; default: `compute_of` the parameters."""
         self.config, self.params, self.tokenizer = config, params, tokenizer
         self.how = models.Compute(dtype=compute or compute_of(params))
+        chosen = ("sample", "top_k")
         self._forward = jax.jit(functools.partial(models.forward, config, how=self.how))
+        self._prefill = jax.jit(
+            functools.partial(_prefill, config, self.how), static_argnames=("room", *chosen)
+        )
         self._decode = jax.jit(
             functools.partial(_decode, config, self.how),
-            static_argnames=("n", "sample", "top_k", "stop"),
-        )
+            static_argnames=("n", "stop", *chosen), donate_argnames="state",
+        )  # fmt: skip
 
     def logits(self, tokens_BT, mask_BT=None) -> jax.Array:
         """float32 logits [B, T, V] over the valid ids; log-probabilities of a DELVE with J > 1.
@@ -97,7 +101,7 @@ class LM:
 
         top_k, top_p: sample among the k likeliest ids (0: all), or the fewest of them that hold the
         share top_p. stop: ids that end a row, which is filled up with the id that ended it; the
-        loop ends when all rows have. Cached and compiled: one prefill, then one loop on the device.
+        loop ends when all rows have. Cached and compiled: a prefill, then one loop on the device.
         """
         tokens_BT = self._checked(tokens_BT)
         for name, value, fits, must in (
@@ -115,15 +119,21 @@ class LM:
             mask_BT = jnp.ones((b, T), bool) if mask_BT is None else mask_BT
             mask_BT = jnp.pad(mask_BT, ((0, 0), (pad, 0)))
         padded_BT = jnp.pad(tokens_BT, ((0, 0), (pad, 0)))
-        state = self.init_state(b, T + pad + max_new_tokens)
-        new = self._decode(
-            self.params, layers_apart(self.config, self.params),
-            padded_BT, mask_BT, state, jax.random.key(seed),
-            jnp.float32(temperature or 1.0), jnp.float32(top_p) if top_p < 1 else None,
-            n=max_new_tokens, sample=temperature > 0, stop=tuple(map(int, stop)),
-            top_k=min(top_k, self.config.vocab_size),
-        )  # fmt: skip
-        return jnp.concatenate([tokens_BT, new], axis=1)
+        picking = {
+            "keys": jax.random.split(jax.random.key(seed), max_new_tokens) if temperature else None,
+            "temperature": jnp.float32(temperature or 1.0),
+            "top_p": jnp.float32(top_p) if top_p < 1 else None,
+            "top_k": min(top_k, self.config.vocab_size), "sample": temperature > 0,
+        }  # fmt: skip
+        room = T + pad + max_new_tokens
+        first_B, state = self._prefill(self.params, padded_BT, mask_BT, room=room, **picking)
+        new_BT = first_B[:, None]
+        if max_new_tokens > 1:
+            new_BT, _ = self._decode(
+                layers_apart(self.config, self.params), first_B, state,
+                n=max_new_tokens, stop=tuple(map(int, stop)), **picking,
+            )  # fmt: skip
+        return jnp.concatenate([tokens_BT, new_BT], axis=1)
 
     def save_state(self, path, state: dict) -> None:
         """Write a state to a file, to go on from with `load_state` in another process."""
@@ -249,30 +259,32 @@ def _rows(stacks: list[dict]) -> list[dict]:
     return [{name: rows(tree) for name, tree in trees.items()} for trees in stacks]
 
 
-def _decode(
-    cfg, how, params, steps, tokens_BT, mask_BT, state, key, temperature, top_p,
-    *, n, sample, top_k, stop,
-):  # fmt: skip
-    """Prefill, then at most n - 1 single steps in one compiled loop -> new ids [B, n].
+def _pick(logits_BV, i, keys, temperature, top_p, sample, top_k):
+    """The new ids [B] at place i: the likeliest ones, or drawn by keys[i]."""
+    if sample:
+        logits_BV = truncated(logits_BV / temperature, top_k, top_p)
+        return jax.random.categorical(keys[i], logits_BV).astype(jnp.int32)
+    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
-    steps: the parameters as `layers_apart` gives them.
-    """
 
-    def pick(logits_BV, key):
-        if sample:
-            logits_BV = truncated(logits_BV / temperature, top_k, top_p)
-            return jax.random.categorical(key, logits_BV).astype(jnp.int32)
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-
-    def ended(token_B):
-        return (token_B[:, None] == jnp.array(stop, jnp.int32)).any(-1)
-
+def _prefill(cfg, how, params, tokens_BT, mask_BT, *, room, **picking):
+    """The prompt -> (first new ids [B], state with caches of `room` tokens)."""
+    state = models.init_state(cfg, len(tokens_BT), room, how.dtype)
     f, state = models.features(cfg, params, tokens_BT, _empty(state), mask_BT, how=how)
     # the head of a prompt's last position only: all of them would be most of a small model's work
     logits = models.head(cfg, params, jax.tree.map(lambda a: a[:, -1:], f))
-    keys = jax.random.split(key, n)
-    first = pick(logits[:, -1], keys[0])
-    new_nB = jnp.broadcast_to(first, (n, len(first)))
+    return _pick(logits[:, -1], 0, **picking), state
+
+
+def _decode(cfg, how, steps, first_B, state, *, n, stop, **picking):
+    """At most n - 1 single steps in one compiled loop -> (new ids [B, n], state).
+
+    steps: the parameters as `layers_apart` gives them. The state is returned so that the loop works
+    in the caches that it was given.
+    """
+
+    def ended(token_B):
+        return (token_B[:, None] == jnp.array(stop, jnp.int32)).any(-1)
 
     def going(carry):
         i, token_B, _, _ = carry
@@ -281,11 +293,13 @@ def _decode(
     def one(carry):
         i, token_B, state, new_nB = carry
         logits, state = models.forward(cfg, steps, token_B[:, None], state, how=how)
-        token_B = jnp.where(ended(token_B), token_B, pick(logits[:, -1], keys[i]))
+        token_B = jnp.where(ended(token_B), token_B, _pick(logits[:, -1], i, **picking))
         return i + 1, token_B, state, new_nB.at[i].set(token_B)
 
-    last, token_B, _, new_nB = lax.while_loop(going, one, (1, first, state, new_nB))
-    return jnp.where(jnp.arange(n)[:, None] < last, new_nB, token_B).T  # all rows ended before n
+    new_nB = jnp.broadcast_to(first_B, (n, len(first_B)))
+    last, token_B, state, new_nB = lax.while_loop(going, one, (1, first_B, state, new_nB))
+    new_nB = jnp.where(jnp.arange(n)[:, None] < last, new_nB, token_B)  # all rows ended before n
+    return new_nB.T, state
 
 
 def _empty(state: dict) -> dict:

@@ -41,7 +41,7 @@ def decode() -> str:
         if "ratio" in x and x["batch"] == 1:
             ratio = _met(x["ratio"], r["bars"]["ratio"])
         of_bound = "" if bound is None else f"{bound:.2f}"
-        if bound is not None and x["family"] == "delve":
+        if bound is not None and x["family"] == "delve" and x["beyond_cache"]:
             of_bound = _met(bound, r["bars"]["of_bound"])
         rows.append((x["family"], f"{x['d_model']:,}", f"{x['batch']}",
                      f"{x['parameters'] / 1e6:.1f} M", f"{rate['ours']:,.1f}",
@@ -54,8 +54,9 @@ def decode() -> str:
         f"float32, {len(r['machine']['cores'])} cores, {first['prompt']} tokens of prompt, "
         f"{first['new']} new ones; bars in brackets, missed ones bold. A step is a token of every "
         "row, prefill left out; a call has it. Stacked: layers in a loop, as before. The bound is "
-        "the bytes of a step over the bandwidth of the same run, where the weights are 4 times the "
-        f"last-level cache; the DELVE keeps {r['keep']} of its parents:", "",
+        "the bytes of a step over the rate at which so many are read in the same run (a bar only "
+        "for a DELVE whose weights are 4 times the last-level cache, here "
+        f"{r['machine']['last_level_cache'] >> 20} MiB); it keeps {r['keep']} of its parents:", "",
         *table(("family", "width", "batch", "parameters", "ours, tokens/s", "stacked",
                  "transformers, tokens/s", "step", "call", "of the bound"), rows),
     ])  # fmt: skip

@@ -22,7 +22,7 @@ from delve_jax.config import (
     RwkvConfig,
 )
 from delve_jax.models import attention
-from delve_jax.models.linear import linear, transposed
+from delve_jax.models.linear import few_rows, linear, product, transposed
 
 V, T = 40, 16
 small = {"vocab_size": V, "vocab_rows": V, "d_model": 32, "n_layers": 2}
@@ -109,6 +109,27 @@ def test_the_residual_stream_is_placed_after_the_embedding_and_every_layer(cfg):
     assert placed.count("sharding_constraint") == 2 * streams
     plain = str(jax.make_jaxpr(functools.partial(run, how=models.F32))(params))
     assert "sharding_constraint" not in plain
+
+
+@pytest.mark.parametrize("rows", [8, 64])
+def test_few_rows_are_multiplied_without_packing(rows):
+    """Of a large matrix on a CPU: no product in YNNPACK's fusions, the same numbers, gradients."""
+    rng = np.random.default_rng(0)
+    w_IO = rng.standard_normal((512, 4096), np.float32) / 16
+    x = rng.standard_normal((2, rows // 2, 512), np.float32)
+    maps = {"v": w_IO, "u": np.ascontiguousarray(w_IO.T)}
+
+    def fn(x, maps, of):
+        y = of(of(x, maps["v"]), maps["u"])
+        return (y * y).sum(), y
+
+    both = jax.value_and_grad(fn, argnums=(0, 1), has_aux=True)
+    found, want = (jax.jit(functools.partial(both, of=of))(x, maps) for of in (product, jnp.matmul))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * float(jnp.abs(b).max()))
+    text = jax.jit(functools.partial(fn, of=product)).lower(x, maps).compile().as_text()
+    fused = text[: text.index("ENTRY")]  # what the fusions do stands above
+    assert (" dot(" in fused) == (not few_rows(x, w_IO)) == (rows == 64)
 
 
 def test_unknown_remat_is_named():

@@ -70,6 +70,15 @@ def test_the_loop_ends_with_the_last_row(lm, monkeypatch):
     assert len(steps) == first and (out[first:] == free[3]).all()
 
 
+def test_the_loop_works_in_the_caches_of_the_prefill(lm):
+    """Neither a second set of caches nor a copy of the first: they may be most of the memory."""
+    how = {"keys": None, "temperature": jnp.float32(1), "top_p": None, "top_k": 0, "sample": False}
+    first_B, state = lm._prefill(lm.params, PROMPT, None, room=16, **how)
+    places = [a.unsafe_buffer_pointer() for a in jax.tree.leaves(state)]
+    _, after = lm._decode(lm.params, first_B, state, n=8, stop=(), **how)
+    assert sorted(places) == sorted(a.unsafe_buffer_pointer() for a in jax.tree.leaves(after))
+
+
 def test_sampling_is_of_the_kept_ids_only(lm):
     """top_k 1 and a tiny top_p are greedy; every drawn id is among the likeliest of its step."""
     greedy = np.asarray(lm.generate(PROMPT, 12))

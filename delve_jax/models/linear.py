@@ -46,16 +46,18 @@ def wide(x: jax.Array) -> jax.Array:
     return x.astype(at_least_f32(x.dtype))
 
 
-def product(x: jax.Array, w: jax.Array, out=None) -> jax.Array:
-    """x [.., I] w [I, O] in x's dtype, or summed up in `out`.
+def product(x: jax.Array, w: jax.Array, out=None, flipped: bool = False) -> jax.Array:
+    """x [.., I] w [I, O] in x's dtype, or summed up in `out`; flipped: w is an array's transpose.
 
     Where that is wider, the cotangent is rounded to x's dtype before it is multiplied: else XLA
     multiplies wide numbers for both gradients, at a fraction of the speed (of a step of Qwen3 1B on
     an H200 those of the head took a fifth). The gradient of w is summed up in w's own dtype.
     """
-    if out is None or jnp.dtype(out) == x.dtype:
-        return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=out)
-    return _wider(x, w, jnp.dtype(out).name)
+    if out is not None and jnp.dtype(out) != x.dtype:
+        return _wider(x, w, jnp.dtype(out).name)
+    if not flipped and few_rows(x, w):
+        return _unpacked(x, w.astype(x.dtype))
+    return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=out)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -71,6 +73,24 @@ def _wider_backward(out, saved, g):
 
 
 _wider.defvjp(lambda x, w, out: (_wider(x, w, out), (x, w)), _wider_backward)
+
+
+def few_rows(x: jax.Array, w: jax.Array) -> bool:
+    """Whether x [.., I] has few rows for a large w [I, O], on a CPU."""
+    return 1 < x.size // x.shape[-1] < 64 and w.size >= 2**21 and jax.default_backend() == "cpu"
+
+
+def _unpacked(x, w):
+    """x w for few rows.
+
+    YNNPACK, which XLA:CPU multiplies with, packs all of w first; Eigen, which gets a product whose
+    x lies transposed, takes 0.45 to 1.0 of the time, but five times as long where w does too
+    (results/forms_cpu.json). XLA would undo the transposition without barriers.
+    """
+    barrier = jax.lax.optimization_barrier
+    x_IN = barrier(barrier(x.reshape(-1, x.shape[-1])).T)
+    y_NO = jax.lax.dot_general(x_IN, w, (((0,), (0,)), ((), ())))
+    return y_NO.reshape(*x.shape[:-1], -1)
 
 
 def in_rows(fn: Callable, *xs: jax.Array) -> jax.Array:
@@ -99,12 +119,12 @@ def linear(p: dict, x: jax.Array, out=None) -> jax.Array:
 def _reduce(p: dict, x: jax.Array) -> jax.Array:
     """x [.., I] -> z [.., K], the coordinates between the factors."""
     if "v_q" in p:
-        return _scaled(p, x @ p["v_q"].astype(x.dtype))
+        return _scaled(p, product(x, p["v_q"]))
     if "v_rest" in p:
         rank = p["v_rest"].shape[-1]
         x = jnp.take(x, p["order"], axis=-1)
-        return x[..., :rank] + x[..., rank:] @ p["v_rest"].astype(x.dtype)
-    return x @ p["v"].astype(x.dtype)
+        return x[..., :rank] + product(x[..., rank:], p["v_rest"])
+    return product(x, p["v"])
 
 
 def _expand(p: dict, z: jax.Array, out=None) -> jax.Array:
@@ -134,7 +154,7 @@ def lookup(p: dict, tokens: jax.Array, dtype=None) -> jax.Array:
 def transposed(p: dict, x: jax.Array, out=None) -> jax.Array:
     """x [.., D] times the transpose of a table [V, D] -> [.., V]: the head of a tied model."""
     if "kernel" in p:
-        return product(x, p["kernel"].T, out)
+        return product(x, p["kernel"].T, out, flipped=True)
     if "u_rest" in p:
         rank, size = p["u_rest"].shape[0], sum(p["u_rest"].shape)
         x = jnp.zeros((*x.shape[:-1], size), x.dtype).at[..., p["order"]].add(x)
@@ -144,7 +164,7 @@ def transposed(p: dict, x: jax.Array, out=None) -> jax.Array:
     else:
         z = x @ p["u"].astype(x.dtype).T
     v_VK = p["v_q"] if "v_q" in p else p["v"]
-    return product(z, v_VK.T, out)
+    return product(z, v_VK.T, out, flipped=True)
 
 
 def materialise(p: dict) -> jax.Array:

@@ -1,9 +1,11 @@
 """How long does a CPU take for forms of the same function that XLA treats differently?
 
 taskset -c 0,1 python experiments/benchmarks/forms.py [--only NAME ...]
-Two CPU cores, float32; about 3 minutes. The first side of a row is the form that models/ and train/
-use on a CPU, the other the plain one: LayerNorm and RWKV's mix with the leading axes in one or not
-(`linear.in_rows`, gradients), GELU by erf or erfc (`neox.gelu`, with its gradient), AdamW of the
+Two CPU cores, float32; about 4 minutes. The first side of a row is the form that models/ and train/
+use on a CPU, the other the plain one or what was left out: LayerNorm and RWKV's mix with the
+leading axes in one or not (`linear.in_rows`, gradients), GELU by erf or erfc (`neox.gelu`, with its
+gradient), products of so many rows with matrices of one shape, 64 MiB or more of them in a chain,
+by Eigen or by YNNPACK (`linear.few_rows`; "table": with a transposed array), AdamW of the
 benchmark's neox (16.8M parameters; clipping by one product, a bad step left out by a branch, or
 optax's clipping and a choice for each element; `loop.update_if`), and a healing step of the
 quickstart's DELVE (8 x 256 tokens, four teachers) that keeps what its products gave or all
@@ -35,7 +37,13 @@ linear = importlib.import_module("delve_jax.models.linear")  # `models.linear` i
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ((1, 1024, 512), (2, 256, 512))  # B, T, D
 WHOLE = {"update": (16_804_864,), "heal": (8, 256)}  # rows of one shape
-NAMES = ("norm", "mix", "gelu", *WHOLE)
+# rows, I, O
+FEW = (
+    *((rows, 1024, 4096) for rows in (2, 4, 8, 32, 48, 64)),
+    *((8, *of) for of in ((512, 512), (1024, 1024), (1024, 2048), (2048, 8192))),
+)
+SIZES = {"few": FEW, "table": ((8, 1024, 4096),), **{what: (of,) for what, of in WHOLE.items()}}
+NAMES = ("norm", "mix", "gelu", *SIZES)
 APART = 1e-4  # of the largest number of a result: sums of 1,024 products in another order
 
 
@@ -70,8 +78,33 @@ def plain(fn):
     return traced
 
 
+def products(what: str, shape) -> dict:
+    """{library: function that multiplies x by one matrix after the other}, the used one first."""
+    rows, n_in, n_out = shape
+    x, flipped = draw((rows, n_in)), what == "table"
+    many = max(2, 2**24 // (n_in * n_out))
+    of = (n_out, n_in) if flipped else (n_in, n_out)
+    ws = [draw(of, seed) / n_in**0.5 for seed in range(many)]
+
+    def chain(form):
+        def run(x, ws):
+            for w in ws:
+                y = form(x, w.T if flipped else w)
+                x = linear.rms_norm(jnp.resize(y, x.shape), 1e-5)  # no product meets the next
+            return x
+
+        program = jax.jit(run).lower(x, ws).compile()
+        return lambda: jax.block_until_ready(program(x, ws))
+
+    forms = {"Eigen": chain(linear._unpacked), "YNNPACK": chain(jnp.matmul)}
+    few = linear.few_rows(x, ws[0]) and not flipped
+    return forms if few else dict(reversed(forms.items()))
+
+
 def sides(what: str, shape) -> dict:
     """{form: function}, the used one first."""
+    if what in ("few", "table"):
+        return products(what, shape)
     x, gain = draw(shape), jnp.ones(shape[-1])
     if what == "norm":
         norm = lambda scale, bias, x: linear.layer_norm({"scale": scale, "bias": bias}, x, 1e-5)  # noqa: E731
@@ -166,7 +199,7 @@ def main():
     flags = arguments(__doc__, "forms_cpu", NAMES).parse_args()
     rows = old_rows(flags.out)
     for what in flags.only:
-        for shape in (WHOLE[what],) if what in WHOLE else SHAPES:
+        for shape in SIZES.get(what, SHAPES):
             one = lambda: measure(what, shape, flags.repeats)  # noqa: B023, E731
             rows = add_row(rows, ("what", "shape"), one)
             write(flags.out, rows, seed=0, repeats=flags.repeats)

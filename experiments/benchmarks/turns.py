@@ -72,15 +72,15 @@ def last_level_cache() -> int:
     return max(int(size[:-1]) * {"K": 2**10, "M": 2**20}[size[-1]] for size in sizes)
 
 
-def readers() -> tuple[dict, int]:
-    """({way: function that reads a large array once}, its bytes: 16 caches or more).
+def readers(size: int) -> tuple[dict, int]:
+    """({way: function that reads an array of `size` bytes once}, its bytes: a multiple of 4,096).
 
-    The fastest way is what the memory gives to all cores of this process.
+    The fastest way is what caches and memory give to all cores of this process, for so many bytes.
     """
     import torch
 
-    size, threads = max(2**29, 16 * last_level_cache()), len(os.sched_getaffinity(0))
-    x_MN, one_N = np.ones((size // 4096, 1024), np.float32), np.ones(1024, np.float32)
+    threads = len(os.sched_getaffinity(0))
+    x_MN, one_N = np.ones((-(-size // 4096), 1024), np.float32), np.ones(1024, np.float32)
     parts, pool = np.array_split(x_MN, threads), concurrent.futures.ThreadPoolExecutor(threads)
     x_torch, one_torch = torch.from_numpy(x_MN), torch.from_numpy(one_N)
     x_jax, one_jax = jax.device_put(x_MN), jax.device_put(one_N)
