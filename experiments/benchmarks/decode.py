@@ -66,9 +66,9 @@ def config(name, D):
 def weights(cfg):
     """Random ones; matrices of the layers times 4, so that the text does not repeat one token.
 
-    Times 2 in a DELVE: at 4 its Mamba stream grows rounding until another token is the largest.
+    Times 2 for Mamba and a DELVE: at 4 Mamba grows rounding until another token is the largest.
     """
-    times = 2 if cfg.family == "delve" else 4
+    times = 2 if cfg.family in ("mamba", "delve") else 4
 
     def make(key):
         params = models.init_params(cfg, key)
