@@ -76,8 +76,9 @@ _wider.defvjp(lambda x, w, out: (_wider(x, w, out), (x, w)), _wider_backward)
 
 
 def few_rows(x: jax.Array, w: jax.Array) -> bool:
-    """Whether x [.., I] has few rows for a large w [I, O], on a CPU."""
-    return 1 < x.size // x.shape[-1] < 64 and w.size >= 2**21 and jax.default_backend() == "cpu"
+    """Whether x [.., I] in float32 has few rows for a large w [I, O], on a CPU."""
+    few = x.dtype == jnp.float32 and 1 < x.size // x.shape[-1] < 64
+    return few and w.size >= 2**21 and jax.default_backend() == "cpu"
 
 
 def _unpacked(x, w):
