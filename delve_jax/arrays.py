@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 import sys
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -101,11 +102,24 @@ def save_args(tree) -> ocp.args.PyTreeSave:
 
 def refused(path: Path, err: BaseException) -> DelveError:
     """The one line of a failed write, whose leavings are removed."""
-    for left in [path, *unfinished(path)]:
-        shutil.rmtree(left, ignore_errors=True)
+    _clear(path)
     # tensorstore reports a full disk as one of several types
     reason = "no space left on the device" if "space" in str(err) else _one_line(err)
     return DelveError(f"{str(path.parent).removesuffix('.partial')}: cannot be written ({reason})")
+
+
+def _clear(path: Path) -> None:
+    """Remove what a failed write left, until it stays away: one of its tensors has failed, the
+    others are still on tensorstore's threads, which make their folders anew. At most a minute."""
+    calm = 0
+    for _ in range(600):
+        left = [p for p in (path, *unfinished(path)) if p.exists()]
+        for p in left:
+            shutil.rmtree(p, ignore_errors=True)
+        calm = 0 if left else calm + 1
+        if calm > 10:  # a second: longer than a 64 MiB chunk takes to be compressed
+            return
+        time.sleep(0.1)
 
 
 def unfinished(path: Path) -> list[Path]:

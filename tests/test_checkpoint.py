@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import jax
@@ -139,6 +140,23 @@ def test_refused_writes_leave_nothing(tmp_path):
     assert done.stdout.startswith(f"REFUSED {tmp_path / 'c'}"), done.stdout + done.stderr
     assert done.stdout.count("\n") == 1 and "Traceback" not in done.stderr
     assert not (tmp_path / "c").exists() and not list(tmp_path.glob("c.partial/params*"))
+
+
+def test_what_a_refused_write_brings_back_goes_too(tmp_path, monkeypatch):
+    """Tensors that were under way when another failed write on: each wait here makes one anew."""
+    late, waits = tmp_path / "c.partial" / "params.orbax-checkpoint-tmp" / "layers.D", []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) in (1, 3, 8):
+            late.mkdir(parents=True)
+            (late / ".zarray").write_text("{}")
+
+    monkeypatch.setattr(arrays, "time", types.SimpleNamespace(sleep=sleep))
+    sleep(0)
+    err = arrays.refused(tmp_path / "c.partial" / "params", OSError("No space left on device"))
+    assert len(waits) > 8 and not list((tmp_path / "c.partial").iterdir())
+    assert str(err) == f"{tmp_path / 'c'}: cannot be written (no space left on the device)"
 
 
 @pytest.mark.parametrize("how", ["truncate", "delete"])
