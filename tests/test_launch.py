@@ -234,8 +234,8 @@ def test_box_runs_once_follows_and_stops(tmp_path):
         )
         assert b"running already" in second.stderr.readline()
         assert box("--stop").returncode == 0
-        assert b"saved" in second.communicate(timeout=30)[0] and second.returncode == 0
-        assert first.wait(timeout=30) == 0
+        assert b"saved" in second.communicate(timeout=120)[0] and second.returncode == 0
+        assert first.wait(timeout=120) == 0
     assert (tmp_path / "runs" / "run" / "log").read_text().count("got") == 1
 
 
@@ -279,7 +279,7 @@ def test_slurm_job_is_stopped_queued_again_and_resumed(stand_ins, tmp_path):
         time.sleep(0.05)
     job.send_signal(signal.SIGUSR1)  # what --signal=B:USR1@180 sends
     said = lambda: "\n".join(p.read_text()[-2000:] for p in tmp_path.glob("task-*.log"))  # noqa: E731
-    assert job.wait(timeout=120) == 0, said()
+    assert job.wait(timeout=300) == 0, said()
     (state,) = (tmp_path / "healed.partial" / "state").glob("[0-9]*")
     stopped_at, before = int(state.name), read_metrics(log)
     number = env["SLURM_JOB_ID"]

@@ -238,7 +238,7 @@ def test_rows_of_two_processes_arrive_where_they_are_read():
     both = [subprocess.Popen([sys.executable, __file__, f"{where},{i}"], text=True,
                              stdout=subprocess.PIPE) for i in (0, 1)]  # fmt: skip
     try:
-        found = [json.loads(one.communicate(timeout=120)[0].splitlines()[-1]) for one in both]
+        found = [json.loads(one.communicate(timeout=300)[0].splitlines()[-1]) for one in both]
     finally:
         for one in both:
             one.kill()
