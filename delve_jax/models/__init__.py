@@ -6,6 +6,7 @@ and values where they are fewer, h head width, F MLP, W convolution width, A att
 I/O in and out of a map.
 """
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -288,7 +289,13 @@ def cast(params: dict, dtype) -> dict:
 
 def abstract_params(cfg: Config) -> dict:
     """The tree of shapes that `init_params` would make; nothing is allocated."""
-    return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+    leaves, structure = _abstract(cfg)
+    return jax.tree.unflatten(structure, leaves)  # dicts of the caller's own
+
+
+@functools.lru_cache(maxsize=64)  # tracing takes about 0.1 s, and whatever reads a checkpoint asks
+def _abstract(cfg: Config) -> tuple:
+    return jax.tree.flatten(jax.eval_shape(lambda: init_params(cfg, jax.random.key(0))))
 
 
 def leaf_of(params: dict, name: str) -> dict:
