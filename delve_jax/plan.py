@@ -201,9 +201,10 @@ def _compiled(cfg, teachers, settings: Settings, terms: Terms, sizes: dict, cach
         "settings": dataclasses.asdict(dataclasses.replace(settings)), "sizes": sizes,
         "terms": dataclasses.asdict(terms), "cached": cached,
     }  # fmt: skip
-    # buffers are assigned before LLVM runs, so its optimisation may be left out
+    # buffers are assigned before LLVM runs, so its optimisation may be left out; without XLA's new
+    # emitters of loops the sizes are the same to 1 kB, in half of the CPU time
     flags = (f"--xla_force_host_platform_device_count={math.prod(sizes.values())} "
-             "--xla_backend_optimization_level=0")  # fmt: skip
+             "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")  # fmt: skip
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run(
         [sys.executable, "-m", "delve_jax.plan"], input=json.dumps(what), text=True, env=env,
