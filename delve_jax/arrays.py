@@ -115,7 +115,7 @@ def _clear(path: Path) -> None:
     for _ in range(600):
         left = [p for p in (path, *unfinished(path)) if p.exists()]
         for p in left:
-            shutil.rmtree(p, ignore_errors=True)
+            remove(p)
         calm = 0 if left else calm + 1
         if calm > 10:  # a second: longer than a 64 MiB chunk takes to be compressed
             return

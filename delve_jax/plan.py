@@ -193,6 +193,11 @@ def _bytes(mesh, tree) -> int:
     return sum(jax.tree.leaves(shards))
 
 
+# Buffers are assigned before LLVM runs, so its optimisation may be left out; XLA's new emitters of
+# loops change their sizes by less than 1 kB and take time (results/planning_cpu.json).
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+
 def _compiled(cfg, teachers, settings: Settings, terms: Terms, sizes: dict, cached: bool) -> dict:
     """Bytes per device that XLA assigns to the step beside its state, found in a process of its
     own: the number of virtual devices is fixed when JAX starts."""
@@ -201,10 +206,7 @@ def _compiled(cfg, teachers, settings: Settings, terms: Terms, sizes: dict, cach
         "settings": dataclasses.asdict(dataclasses.replace(settings)), "sizes": sizes,
         "terms": dataclasses.asdict(terms), "cached": cached,
     }  # fmt: skip
-    # buffers are assigned before LLVM runs, so its optimisation may be left out; without XLA's new
-    # emitters of loops the sizes are the same to 1 kB, in half of the CPU time
-    flags = (f"--xla_force_host_platform_device_count={math.prod(sizes.values())} "
-             "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")  # fmt: skip
+    flags = f"--xla_force_host_platform_device_count={math.prod(sizes.values())} {FLAGS}"
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run(
         [sys.executable, "-m", "delve_jax.plan"], input=json.dumps(what), text=True, env=env,

@@ -1,13 +1,14 @@
 """Every test: JAX on the CPU, matmuls in full float32, compiled programs cached between runs.
 
 Set before jax is imported anywhere. Tests that need several devices start their own process.
-Compiling takes most of the time, the models are tiny: LLVM's optimisation is off (a third of the
-time), and so are XLA's emitters of fused loops, each of which loads all of MLIR anew (test_delve:
-161 CPU seconds with, 68 without). The quickstart, a part of CI, runs with them. A program is one
-LLVM module, and each worker has cores of its own: two on the same two cores made their pools of
-threads wait for each other (test_delve and test_models: 0.79 and 0.92 of the CPU time with both).
-Most of what is left is tracing in Python: programs do without the places they come from, and the
-collector of garbage looks less often (three of the files, one run each: 162 s to 127 s).
+The models are tiny, so compiling and tracing take most of the time. LLVM's optimisation is off (a
+third of the time), and so are XLA's emitters of fused loops, each of which loads all of MLIR anew
+(test_delve: 161 CPU seconds with, 68 without). The quickstart, a part of CI, runs with them. A
+program is one LLVM module, and each worker has cores of its own: two on the same two cores made
+their pools of threads wait for each other (test_delve and test_models: 0.79 and 0.92 of the CPU
+time with both). A third of what is left is tracing and lowering in Python: programs do without the
+places they come from, and the collector of garbage looks less often (three of the files, one run
+each: 162 s to 127 s).
 Compiled programs are dropped before a process holds more memory maps than Linux lets it have.
 """
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 NAMES = ("scans", "attention", "forms", "training", "prefill", "decode", "generate", "growth",
-         "loading", "data", "loop", "memory")  # fmt: skip
+         "loading", "data", "loop", "memory", "planning")  # fmt: skip
 
 
 def main():
